@@ -1,0 +1,43 @@
+"""Fixtures shared by all rooms: reference data that may or may not be on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder with golden outputs, real imagery and split lists (`CO2S_TEST_DATA`, or ../shared)."""
+    folder = Path(os.environ.get("CO2S_TEST_DATA", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no reference data at {folder}; set CO2S_TEST_DATA to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared_dir: Path):
+    """A function that opens a golden .npz file by name, or skips the test where it is missing."""
+
+    def load(name: str) -> np.lib.npyio.NpzFile:
+        path = shared_dir / "golden" / name
+        if not path.is_file():
+            pytest.skip(f"golden file {path} is not here")
+        return np.load(path, allow_pickle=False)
+
+    return load
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
