@@ -1,0 +1,19 @@
+# co2s_isa_library(<target> SOURCES ...): compiles the sources once per instruction set, each time
+# in its own namespace (CO2S_ISA), as one object library per set; CO2S_ISAS lists them.
+set(CO2S_ISAS baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND NOT MSVC)
+  list(APPEND CO2S_ISAS avx2 avx512)
+  set(CO2S_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(CO2S_FLAGS_avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl
+    -mprefer-vector-width=512)
+endif()
+
+function(co2s_isa_library target)
+  cmake_parse_arguments(ARG "" "" "SOURCES" ${ARGN})
+  foreach(isa IN LISTS CO2S_ISAS)
+    add_library(${target}_${isa} OBJECT ${ARG_SOURCES})
+    target_link_libraries(${target}_${isa} PRIVATE co2s_flags)
+    target_compile_definitions(${target}_${isa} PRIVATE CO2S_ISA=${isa})
+    target_compile_options(${target}_${isa} PRIVATE -O3 ${CO2S_FLAGS_${isa}})
+  endforeach()
+endfunction()
