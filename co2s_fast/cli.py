@@ -1,0 +1,198 @@
+"""The command line: each command parses its options, calls one function and prints what it returns.
+
+Imports of the engine are made inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from co2s_fast.errors import DataError, UsageError
+from co2s_fast.version import __version__
+
+PATH = click.Path(path_type=Path)
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn our two kinds of error into one line on stderr and their exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (UsageError, DataError) as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="co2s-fast")
+def main() -> None:
+    """Train, evaluate and apply two-student semi-supervised segmentation of remote-sensing imagery.
+
+    \b
+    co2s-fast train --dataset demo                      a first run, on the CPU, no download
+    co2s-fast train --dataset potsdam --ratio 1/32      a paper experiment
+    co2s-fast train --dataset mine.yaml --labels 20     your own folder of imagery
+    """
+
+
+@main.command()
+@click.option("--dataset", help="A name from `data list`, or a YAML file that describes your own.")
+@click.option("--data-root", type=PATH, help="Prepared dataset folder (images/, labels/, splits/).")
+@click.option("--ratio", help="Share of labelled images, as 1/32 or 0.03.")
+@click.option("--labels", type=int, help="Number of labelled images, instead of a ratio.")
+@click.option("--split", type=PATH, help="Folder with labeled.txt, unlabeled.txt and val.txt.")
+@click.option("--method", help="co2s (the default), onlysup, ...")
+@click.option("--recipe", help="A recipe's name or YAML file; by default the dataset's own.")
+@click.option("--seed", type=int, help="Fixes splits, weights, augmentation and order.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Change one configuration value, e.g. --set train.steps=500. Repeatable.")
+@click.option("--out", type=PATH, help="Run folder. Default: runs/<dataset>-<split>-<method>.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
+@click.option("--resume-if-exists", is_flag=True,
+              help="Continue when --out holds a run, start one otherwise.")
+@click.option("--dry-run", is_flag=True, help="Check configuration and data, train nothing.")
+@one_line_errors
+def train(**options: Any) -> None:
+    """Train both students and write a run folder.
+
+    \b
+    co2s-fast train --dataset demo --out runs/demo
+    co2s-fast train --dataset potsdam --ratio 1/32 --data-root data/potsdam
+    torchrun --nproc-per-node=2 -m co2s_fast train --dataset potsdam --ratio 1/32
+    """
+    from co2s_fast.engine.launch import train_from_options
+
+    train_from_options(**options)
+
+
+@main.command("eval")
+@click.argument("run", type=PATH)
+@click.option("--student", type=click.Choice(["clip", "ssm", "both", "all"]), default="all",
+              show_default=True, help="Which prediction to score; both: mean of probabilities.")
+@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True)
+@click.option("--mode", type=click.Choice(["auto", "whole", "sliding"]),
+              help="Whole images or sliding windows. Default: the run's own setting.")
+@click.option("--data-root", type=PATH, help="Where the dataset stands now, if it has moved.")
+@one_line_errors
+def evaluate(run: Path, **options: Any) -> None:
+    """Score a run on its validation images: per-class IoU, mIoU, F1, accuracy, kappa."""
+    from co2s_fast.engine.launch import evaluate_run
+
+    click.echo(evaluate_run(run, **options))
+
+
+@main.command()
+@click.argument("run", type=PATH)
+@click.argument("images", nargs=-1, metavar="[IMAGE|FOLDER|GLOB]...")
+@click.option("-o", "--out", type=PATH, required=True, help="Folder to write the maps to.")
+@click.option("--val", "validation", type=int, metavar="N",
+              help="Predict the first N validation images of the run instead.")
+@click.option("--student", type=click.Choice(["clip", "ssm", "both"]), default="both",
+              show_default=True)
+@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True)
+@click.option("--overlay", is_flag=True, help="Also write the map blended over the image.")
+@one_line_errors
+def predict(run: Path, images: tuple[str, ...], **options: Any) -> None:
+    """Write a class map for every image: PNG for PNG and JPEG, GeoTIFF for GeoTIFF."""
+    from co2s_fast.engine.launch import predict_run
+
+    for path in predict_run(run, images, **options):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("run", type=PATH)
+@one_line_errors
+def report(run: Path) -> None:
+    """Write RUN/report.html: curves, scores, confusion matrix and pictures in one file."""
+    from co2s_fast.report import write_report
+
+    click.echo(write_report(run))
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=PATH)
+@click.option("-o", "--out", type=PATH, default=Path("comparison.html"), show_default=True)
+@one_line_errors
+def compare(runs: tuple[Path, ...], out: Path) -> None:
+    """Put several runs side by side; runs that differ only by seed become a mean and a spread."""
+    from co2s_fast.report import write_comparison
+
+    click.echo(write_comparison(list(runs), out))
+
+
+@main.command()
+@one_line_errors
+def doctor() -> None:
+    """Say what is installed, which backends are live, and how to mend those that are not."""
+    from co2s_fast.engine.doctor import diagnose
+
+    click.echo(diagnose())
+
+
+@main.group()
+def data() -> None:
+    """List, prepare, split and check datasets."""
+
+
+@data.command("list")
+@one_line_errors
+def list_datasets() -> None:
+    """Show the catalogue: classes, counts, licence, where to get each dataset."""
+    from co2s_fast.data import describe_catalogue
+
+    click.echo(describe_catalogue())
+
+
+@data.command()
+@click.argument("dataset")
+@click.option("--raw", type=PATH, help="Folder with the raw release or your own files.")
+@click.option("--out", type=PATH, required=True, help="Folder for images/, labels/, dataset.yaml.")
+@one_line_errors
+def prepare(dataset: str, raw: Path | None, out: Path) -> None:
+    """Turn raw files into the layout that `train` reads (DATASET: a name or a YAML file)."""
+    from co2s_fast.data import load_dataset, prepare_dataset
+
+    click.echo(prepare_dataset(load_dataset(dataset), raw, out))
+
+
+@data.command()
+@click.argument("root", type=PATH)
+@click.option("--ratio", help="Share of labelled images, as 1/16 or 0.06.")
+@click.option("--labels", type=int, help="Number of labelled images, instead of a ratio.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@one_line_errors
+def split(root: Path, ratio: str | None, labels: int | None, seed: int) -> None:
+    """Write labeled.txt, unlabeled.txt and val.txt for a prepared folder."""
+    from co2s_fast.data import split_dataset
+
+    click.echo(split_dataset(root, ratio=ratio, labels=labels, seed=seed))
+
+
+@data.command()
+@click.argument("root", type=PATH)
+@click.option("--split", type=PATH, help="Also check the lists in this folder.")
+@click.option("--json", "json_path", type=PATH, help="Also write the findings to this file.")
+@one_line_errors
+def check(root: Path, split: Path | None, json_path: Path | None) -> None:
+    """Look at every image and mask: sizes, pixels per class, problems. Exits with 1 on problems."""
+    from co2s_fast.data import check_dataset
+
+    found = check_dataset(root, split=split, json_path=json_path)
+    click.echo(found)
+    if found.problems:
+        sys.exit(DataError.exit_code)
+
+
+if __name__ == "__main__":
+    main()
