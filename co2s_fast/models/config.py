@@ -1,0 +1,200 @@
+"""What a student is made of: typed, validated, and complete before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from co2s_fast.models.presets import PRESETS
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextConfig(_Strict):
+    """Where the class vectors of a text-guided student come from.
+
+    Attributes:
+        source: "open_clip" runs a text tower over the concepts; "file" reads a K x d `.npy` array;
+            "hash" makes fixed vectors out of hashed letter n-grams, a substitute for tiny students
+            trained from scratch, which have no trained text tower.
+        path: the `.npy` file of source "file".
+        model: open_clip model name, or JSON file, of the text tower (source "open_clip").
+        weights: open_clip pretrained tag or checkpoint file of the text tower.
+        template: the prompt; `{concept}` is replaced by each concept.
+    """
+
+    source: Literal["open_clip", "file", "hash"] = "open_clip"
+    path: Path | None = None
+    model: str = "ViT-B-16-quickgelu"
+    weights: str | None = "openai"
+    template: str = "a photo of a {concept}"
+
+    @field_validator("template")
+    @classmethod
+    def _has_concept(cls, value: str) -> str:
+        if "{concept}" not in value:
+            raise ValueError(f"template must contain {{concept}}, got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> TextConfig:
+        if (self.source == "file") != (self.path is not None):
+            raise ValueError(
+                f"path goes with source 'file' and only with it: source {self.source!r}, path {self.path}"
+            )
+        return self
+
+
+class DecoderConfig(_Strict):
+    """Widths of the query decoder; the defaults are the paper's (2.2 M parameters).
+
+    Attributes:
+        channels: width of the per-class maps, from the similarity map to the first upsampling.
+        text_channels: width of the projected class vector in the class attention.
+        skip_channels: widths of the projected skips, deepest first; one upsampling stage each.
+        up_channels: widths after each upsampling stage; one entry for each of skip_channels.
+        layers, heads, mlp_ratio: of the attention between classes.
+        pool: height and width of the average pooling before that attention.
+        kernel: side of the convolution on the similarity map.
+        rates: dilations of the ASPP branches; 1 means a 1x1 convolution.
+        group_channels: channels in one group of each GroupNorm.
+        resize_to: resize the logits to this height and width (bilinear), None to leave them at
+            4 times the token grid. The released decoders resize to 224 (CLIP) and 256 (DINOv3).
+        gradient_checkpointing: recompute the upsampling stages in the backward pass.
+    """
+
+    channels: int = Field(128, ge=8)
+    text_channels: int = Field(128, ge=8)
+    skip_channels: tuple[int, ...] = (32, 16)
+    up_channels: tuple[int, ...] = (64, 32)
+    layers: int = Field(2, ge=0)
+    heads: int = Field(4, ge=1)
+    mlp_ratio: float = Field(2.0, gt=0)
+    pool: tuple[int, int] = (4, 4)
+    kernel: int = Field(7, ge=1)
+    rates: tuple[int, ...] = (1, 6, 12, 18)
+    group_channels: int = Field(16, ge=1)
+    resize_to: tuple[int, int] | None = None
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> DecoderConfig:
+        if len(self.skip_channels) != len(self.up_channels):
+            raise ValueError(
+                "skip_channels and up_channels need as many entries as each other, got "
+                f"{self.skip_channels} and {self.up_channels}"
+            )
+        for before, skip in zip((self.channels, *self.up_channels), self.skip_channels):
+            if skip >= before:
+                raise ValueError(f"a skip of {skip} channels leaves none of the {before} to upsample")
+        for width in (self.channels, *self.up_channels):
+            if width % self.group_channels:
+                raise ValueError(
+                    f"group_channels {self.group_channels} does not divide the width {width}"
+                )
+        if (self.channels + self.text_channels) % self.heads:
+            raise ValueError(
+                f"heads {self.heads} does not divide channels + text_channels "
+                f"{self.channels + self.text_channels}"
+            )
+        if not self.kernel % 2:
+            raise ValueError(f"kernel must be odd, got {self.kernel}")
+        return self
+
+
+class StudentConfig(_Strict):
+    """One student: a ViT backbone, class queries and a decoder.
+
+    `StudentConfig(backbone="clip")` is the paper's CLIP student and `StudentConfig(backbone="timm",
+    weights="pretrained")` its DINOv3 student. `model="tiny-clip"` and `model="tiny-ssm"` fill in a
+    complete small student for training from scratch on a CPU; whatever else is given wins over it.
+
+    Attributes:
+        backbone: "clip" (open_clip ViT, value-path maps) or "timm" (any timm ViT, block outputs).
+        model: open_clip or timm model name, a JSON file with an open_clip model description, or
+            "tiny-clip" / "tiny-ssm".
+        weights: None for random ones; an open_clip or timm pretrained tag ("pretrained" is timm's
+            default tag); or a `.safetensors`, `.pt`, `.pth` or `.bin` file.
+        overrides: keyword arguments for the model: timm's constructor, or entries of the open_clip
+            model description (nested dictionaries are merged).
+        levels: the feature maps, shallow to deep. CLIP: block numbers, and the number of blocks
+            for the map in text space. timm: block numbers from 0.
+        stem: "patch" keeps the model's patch projection; "conv" puts a stack of stride-2 3x3
+            convolutions in its place (Xiao et al. 2021, for training from scratch).
+        skips: "levels" feeds the decoder's skips from `levels`; "stem" from the convolutional
+            stem's own maps, so that `levels` names the deepest map only.
+        queries: "text" (fixed) or "learnable" class vectors.
+        trainable: which backbone parameters learn: "attention" only, "full" or "frozen".
+        feature_dropout: probability of dropping a channel in `Student.perturb`.
+        activation: replaces the CLIP tower's activation; None keeps the model's own.
+        eps: replaces every LayerNorm's epsilon in the backbone; None keeps the model's own.
+        rope: "bf16" computes the rotary embedding and rounds queries and keys as the released
+            DINOv3 student does; "fp32" is timm's own.
+        normalization: image mean and standard deviation.
+        gradient_checkpointing: recompute the backbone's blocks in the backward pass.
+    """
+
+    backbone: Literal["clip", "timm"]
+    model: str
+    weights: str | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    levels: tuple[int, ...]
+    stem: Literal["patch", "conv"] = "patch"
+    skips: Literal["levels", "stem"] = "levels"
+    queries: Literal["text", "learnable"]
+    text: TextConfig = Field(default_factory=TextConfig)
+    trainable: Literal["attention", "full", "frozen"] = "attention"
+    decoder: DecoderConfig = Field(default_factory=DecoderConfig)
+    feature_dropout: float = Field(0.5, ge=0, lt=1)
+    activation: Literal["gelu", "quick_gelu"] | None = None
+    eps: float | None = Field(None, gt=0)
+    rope: Literal["fp32", "bf16"] = "fp32"
+    normalization: Literal["imagenet", "clip", "none"] = "imagenet"
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        preset = PRESETS.get(str(data.get("model")))
+        if preset is None:
+            preset = PRESETS.get(f"paper-{data.get('backbone')}", {})
+        return _merge(preset, data)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> StudentConfig:
+        if list(self.levels) != sorted(set(self.levels)) or min(self.levels, default=-1) < 0:
+            raise ValueError(f"levels must rise and not be negative, got {self.levels}")
+        wanted = 1 if self.skips == "stem" else len(self.decoder.skip_channels) + 1
+        if len(self.levels) != wanted:
+            raise ValueError(
+                f"levels must name {wanted} maps (decoder.skip_channels has "
+                f"{len(self.decoder.skip_channels)} entries, skips={self.skips!r}), got {self.levels}"
+            )
+        if self.skips == "stem" and self.stem != "conv":
+            raise ValueError("skips='stem' needs stem='conv'")
+        if self.stem == "conv" and self.weights is not None:
+            raise ValueError(
+                f"stem='conv' is for training from scratch, but weights={self.weights!r} was asked for"
+            )
+        if self.backbone == "timm" and self.activation is not None:
+            raise ValueError("activation is for backbone 'clip'; a timm model's own is kept")
+        if self.backbone == "clip" and self.rope != "fp32":
+            raise ValueError("rope is for backbone 'timm'; the CLIP tower has no rotary embedding")
+        return self
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`; dictionaries are merged, all else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

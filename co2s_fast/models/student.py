@@ -1,0 +1,242 @@
+"""A student: images in, class logits out, and the pieces a training step needs in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from co2s_fast.errors import UsageError
+from co2s_fast.models.config import StudentConfig
+from co2s_fast.models.decoder import QueryDecoder
+from co2s_fast.models.queries import Named, text_queries
+
+NORMALIZATION = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+class Student(nn.Module):
+    """One ViT backbone with its class queries and decoder. Built by `build_student`.
+
+    Attributes:
+        num_classes: K.
+        patch_size: side of a token in pixels.
+        queries: class vectors [K, d], a parameter where they are learnable, else a buffer.
+        provenance: what the student started from; see `build_student`.
+    """
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        backbone: nn.Module,
+        decoder: QueryDecoder,
+        queries: Tensor,
+        provenance: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.decoder = decoder
+        self.provenance = provenance
+        self.num_classes = queries.shape[0]
+        self.patch_size: int = backbone.patch_size
+        if config.queries == "learnable":
+            self.queries = nn.Parameter(queries)
+        else:
+            self.register_buffer("queries", queries)
+        mean, std = NORMALIZATION[config.normalization]
+        # Not saved: they follow from the configuration, which every checkpoint carries.
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self._freeze()
+
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps, shallow to deep.
+
+        Args:
+            images: [B, 3, H, W], uint8, or float in [0, 1]. Any size; sides that are no multiple
+                of `patch_size` are padded at the right and bottom with the mean colour, so that
+                every student sees the same grid.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape.
+        """
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be [B, 3, H, W], got {tuple(images.shape)}")
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype) / 255
+        elif not images.is_floating_point():
+            raise TypeError(f"images must be uint8, or float in [0, 1], got {images.dtype}")
+        images = (images.to(self.mean.dtype) - self.mean) / self.std
+        patch = self.patch_size
+        right, bottom = -images.shape[-1] % patch, -images.shape[-2] % patch
+        if right or bottom:
+            images = F.pad(images, (0, right, 0, bottom))
+        return self.backbone(images)
+
+    def perturb(
+        self,
+        features: Sequence[Tensor],
+        generator: torch.Generator | None = None,
+        keep: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Channel dropout on each map: `F.dropout2d(map, feature_dropout, training=True)`.
+
+        Args:
+            features: maps [B, C_i, h_i, w_i].
+            generator: source of the masks, best on the maps' device; None takes torch's own.
+            keep: masks [B, C_i], True where a channel stays, instead of drawing them.
+
+        Raises:
+            ValueError: other mask shapes.
+        """
+        drop = self.config.feature_dropout
+        if keep is None:
+            if drop == 0:
+                return tuple(features)
+            keep = [_draw_mask(level, drop, generator) for level in features]
+        shapes = [tuple(level.shape[:2]) for level in features]
+        if [tuple(mask.shape) for mask in keep] != shapes:
+            found = [tuple(mask.shape) for mask in keep]
+            raise ValueError(f"keep must have shapes {shapes}, got {found}")
+        scaled = (mask[..., None, None].to(f.dtype) / (1 - drop) for f, mask in zip(features, keep))
+        return tuple(level * mask for level, mask in zip(features, scaled))
+
+    def decode(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits [B, K, h, w]; with patch 16, h and w are a quarter of the padded image's sides."""
+        return self.decoder(features, self.queries)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`decode(features(images))`."""
+        return self.decode(self.features(images))
+
+    def parameter_groups(
+        self,
+        lr: float,
+        weight_decay: float,
+        backbone_multiplier: float = 0.01,
+        decoder_multiplier: float = 10.0,
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups "backbone", "decoder" and "queries", without what is frozen.
+
+        The released learning rates are 1e-6, 1e-3 and 1e-4 for base rate 1e-4, with weight decay
+        on every tensor, norms and biases included. Tiny students trained from scratch want
+        `backbone_multiplier=1, decoder_multiplier=1`.
+        """
+        parts = [
+            ("backbone", self.backbone.parameters(), backbone_multiplier),
+            ("decoder", self.decoder.parameters(), decoder_multiplier),
+            ("queries", [self.queries] if isinstance(self.queries, nn.Parameter) else [], 1.0),
+        ]
+        groups = []
+        for name, parameters, multiplier in parts:
+            chosen = [p for p in parameters if p.requires_grad]
+            if chosen:
+                rate = lr * multiplier
+                groups.append(
+                    {"name": name, "params": chosen, "lr": rate, "weight_decay": weight_decay}
+                )
+        return groups
+
+    def trainable_count(self) -> int:
+        """Number of parameters that learn."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def _freeze(self) -> None:
+        trainable = self.config.trainable
+        unused = _unused_blocks(self.backbone)
+        for name, parameter in self.backbone.named_parameters():
+            learns = trainable == "full" or (trainable == "attention" and ".attn." in name)
+            parameter.requires_grad_(learns and not name.startswith(unused))
+
+
+def _unused_blocks(backbone: nn.Module) -> tuple[str, ...]:
+    """Prefixes of blocks past the deepest level, which never see a gradient."""
+    model = getattr(backbone, "model", None)
+    if model is None:
+        return ("visual.none.",)
+    return tuple(f"model.blocks.{i}." for i in range(backbone.levels[-1] + 1, len(model.blocks)))
+
+
+def _draw_mask(level: Tensor, drop: float, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator is not None else level.device
+    draws = torch.rand(level.shape[:2], generator=generator, device=device)
+    return (draws >= drop).to(level.device, non_blocking=True)
+
+
+def build_student(config: StudentConfig, classes: Sequence[Named], *, seed: int) -> Student:
+    """A student with seeded initialisation and, where asked for, loaded weights left as they are.
+
+    `provenance` holds `source` ("random" or the weights' name), `model`, `sha256` of the
+    backbone's tensors as the finished student has them, `tensors` and `parameters` (counts) and
+    `queries` ("learnable" or where the class vectors come from). Nothing is re-initialised after
+    loading; torch's global random state is left as it was.
+
+    Args:
+        config: what to build.
+        classes: the dataset's classes in label order; `name` and `concepts` are read.
+        seed: of every random initial value.
+
+    Raises:
+        UsageError, DataError: a configuration or a file that cannot work.
+    """
+    from co2s_fast.models.loading import build_clip_backbone, build_timm_backbone, checksum
+
+    if not classes:
+        raise UsageError("classes must not be empty")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tower = None
+        if config.backbone == "clip":
+            backbone, tower = build_clip_backbone(config)
+        else:
+            backbone = build_timm_backbone(config)
+        _override_eps(backbone, config.eps)
+        loaded = checksum(backbone)
+        width = backbone.widths[-1]
+        queries = _queries(config, classes, width, tower)
+        decoder = QueryDecoder(backbone.widths, width, config.decoder)
+    provenance = {
+        "source": config.weights or "random",
+        "model": config.model,
+        "sha256": loaded,
+        "tensors": len(backbone.state_dict()),
+        "parameters": sum(p.numel() for p in backbone.parameters()),
+        "queries": config.queries if config.queries == "learnable" else _describe(config),
+    }
+    student = Student(config, backbone, decoder, queries, provenance)
+    if checksum(student.backbone) != loaded:
+        raise RuntimeError("building the student changed the backbone's loaded weights")
+    return student
+
+
+def _override_eps(backbone: nn.Module, eps: float | None) -> None:
+    for module in backbone.modules() if eps is not None else ():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+
+
+def _queries(
+    config: StudentConfig, classes: Sequence[Named], width: int, tower: nn.Module | None
+) -> Tensor:
+    if config.queries == "learnable":
+        return torch.randn(len(classes), width) * 0.02
+    text = config.text
+    same = (text.model, text.weights) == (config.model, config.weights) and not config.overrides
+    shared = tower if same and getattr(tower, "has_text_weights", True) else None
+    return text_queries(text, classes, width, tower=shared)
+
+
+def _describe(config: StudentConfig) -> str:
+    text = config.text
+    if text.source == "file":
+        return f"file {text.path}"
+    if text.source == "hash":
+        return "hash"
+    return f"open_clip {text.model} {text.weights}"
