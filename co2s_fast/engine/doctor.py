@@ -1,0 +1,101 @@
+"""What `co2s-fast doctor` prints: versions, GPUs, and for each backend whether it is live and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+
+PACKAGES = (
+    "torch", "torchvision", "triton", "open_clip_torch", "timm", "numpy", "pillow", "safetensors",
+    "click", "pydantic", "tensorboard", "rasterio", "nvidia-dali-cuda120", "pybind11", "ninja",
+)  # fmt: skip
+OPTIONAL_FIX = {
+    "nvidia-dali-cuda120": "pip install 'co2s-fast[dali]'",
+    "pybind11": "pip install pybind11 (only to build the native kernels)",
+    "ninja": "pip install ninja (only to build the native kernels)",
+}
+
+
+def diagnose() -> str:
+    """Describe this installation in a page of text that can be pasted into a bug report."""
+    sections = [
+        ("machine", machine_lines()),
+        ("packages", package_lines()),
+        ("gpus", gpu_lines()),
+        ("native module", native_lines()),
+        ("backends of the fused losses", backend_lines()),
+    ]
+    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines)
+                       for title, lines in sections)  # fmt: skip
+
+
+def machine_lines() -> list[str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [
+        f"co2s-fast {importlib.metadata.version('co2s-fast')}"
+        if _version("co2s-fast")
+        else "co2s-fast is not installed; run: pip install --no-build-isolation -e .",
+        f"Python {platform.python_version()} on {platform.platform()}, {cores} cores",
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def package_lines() -> list[str]:
+    lines = []
+    for package in PACKAGES:
+        fix = OPTIONAL_FIX.get(package, f"pip install {package}")
+        lines.append(f"{package:<22}{_version(package) or f'not installed; {fix}'}")
+    return lines
+
+
+def gpu_lines() -> list[str]:
+    import torch
+
+    built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else (
+        "torch is a CPU-only build; install a CUDA build from pytorch.org to use a GPU")  # fmt: skip
+    if not torch.cuda.is_available():
+        driver = "nvidia-smi found" if shutil.which("nvidia-smi") else "no nvidia-smi on PATH"
+        return [built, f"torch sees no GPU ({driver}): training runs on the CPU"]
+    lines = [built]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"cuda:{index} {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+    return lines
+
+
+def native_lines() -> list[str]:
+    if importlib.util.find_spec("co2s_fast._native") is not None:
+        from co2s_fast.ops import load_native
+
+        module = load_native()
+        if module is not None:
+            return [f"{key}: {value}" for key, value in module.build_info().items()]
+    record = Path(__file__).resolve().parents[1] / "_native_build.json"
+    if record.is_file():
+        return [f"{key}: {value}" for key, value in json.loads(record.read_text()).items()]
+    return ["not built; with a C++ compiler: pip install --no-build-isolation --no-deps -e ."]
+
+
+def backend_lines() -> list[str]:
+    from co2s_fast.ops import backend_status
+
+    lines = []
+    for name, status in backend_status().items():
+        lines.append(f"{name:<10} {'live' if status.live else 'not live: ' + status.why}")
+        if not status.live and status.fix:
+            lines.append(f"{'':<10} to mend it: {status.fix}")
+    return lines
