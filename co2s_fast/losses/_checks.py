@@ -1,0 +1,111 @@
+"""Argument checks of the public losses: each error names the argument, the value and the rule.
+
+They read types, shapes, dtypes and devices only, never a tensor's values, so that they cost no
+host synchronisation and torch.compile traces through them. Order: type, shape, dtype, device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.uint8, torch.int32, torch.int64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless `value` lies on the device of the logits."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected on {device} like the logits, got {value.device}")
+
+
+def check_logits(name: str, value: object) -> None:
+    """Raise unless `value` is a float tensor [B,K,h,w] with at least one class and one cell."""
+    check_tensor(name, value)
+    if value.dim() != 4 or min(value.shape[1:]) < 1:
+        raise ValueError(
+            f"{name}: expected shape [B,K,h,w] with K, h, w >= 1, got {list(value.shape)}"
+        )
+    if value.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}"
+        )
+
+
+def check_map(
+    name: str, value: object, logits: Tensor, size: Sequence[int] | None, kind: str
+) -> None:
+    """Raise unless `value` [B,H,W] fits the logits' batch, `size` if given, and the kind's dtypes.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was passed.
+        logits: checked logits.
+        size: (H, W) that the map must have, or None for any.
+        kind: "integer" (uint8, int32, int64) or "float".
+    """
+    check_tensor(name, value)
+    given = list(value.shape)
+    expected = [logits.shape[0], *size] if size is not None else [logits.shape[0], "H", "W"]
+    if value.dim() != 3 or given[0] != expected[0] or (size is not None and given != expected):
+        raise ValueError(f"{name}: expected shape {expected}, got {given}")
+    if min(given[1:]) < 1:
+        raise ValueError(f"{name}: expected at least one pixel, got shape {given}")
+    if kind == "integer" and value.dtype not in _INTEGERS:
+        hint = "; for a boolean mask: mask.to(torch.uint8) * ignore_index"
+        raise TypeError(
+            f"{name}: expected uint8, int32 or int64, got {value.dtype}"
+            f"{hint if value.dtype == torch.bool else ''}"
+        )
+    if kind == "float" and value.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    check_device(name, value, logits.device)
+
+
+def check_number(name: str, value: object, whole: bool = False) -> None:
+    """Raise TypeError unless `value` is an int, or, when not `whole`, a float."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise TypeError(
+            f"{name}: expected {'an int' if whole else 'a number'}, got {type(value).__name__}"
+        )
+
+
+def check_threshold(value: object) -> None:
+    """Raise unless `value` is a number in [0, 1]."""
+    check_number("threshold", value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"threshold: expected a number in [0, 1], got {value}")
+
+
+def check_size(value: object) -> tuple[int, int]:
+    """`value` as (height, width), or raise."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"size: expected (height, width), got {value!r}")
+    for side in value:
+        check_number("size", side, whole=True)
+        if side < 1:
+            raise ValueError(f"size: expected a height and a width of at least 1, got {value!r}")
+    return value[0], value[1]
+
+
+def check_class_weight(value: object, logits: Tensor) -> None:
+    """Raise unless `value` is a constant float tensor [K]."""
+    check_tensor("class_weight", value)
+    if value.dim() != 1 or value.shape[0] != logits.shape[1]:
+        raise ValueError(
+            f"class_weight: expected shape [{logits.shape[1]}], one for each class, "
+            f"got {list(value.shape)}"
+        )
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"class_weight: expected a floating dtype, got {value.dtype}")
+    check_device("class_weight", value, logits.device)
+    if value.requires_grad:
+        raise ValueError("class_weight: expected a constant, got a tensor that requires grad")

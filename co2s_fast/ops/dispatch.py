@@ -1,0 +1,237 @@
+"""Which backend serves a tensor, why the others do not, and the switches for tests.
+
+`reference` is plain PyTorch; `cpp` and `cuda` live in the native library `co2s_fast._native`;
+`triton` in `co2s_fast.kernels`. Nothing is loaded before it is first needed, and a failure to load
+is remembered, never raised, unless that backend was asked for by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from co2s_fast.ops import catalogue
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+_FIX = {
+    "reference": "",
+    "cpp": "pip install --no-build-isolation .   (needs a C++20 compiler)",
+    "triton": "pip install triton",
+    "cuda": "CO2S_WITH_CUDA=ON pip install --no-build-isolation .   (needs nvcc)",
+}
+_FIX_INTERPRETER = "set TRITON_INTERPRET=1 before Python starts (slow: for tests)"
+
+_references: dict[str, Callable] = {}
+# Process-wide, not per thread: autograd runs CUDA backwards in threads of its own.
+_forced: str | None = None
+_debug = False
+_native_library: torch.library.Library | None = None
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can be used here; `why` it cannot and the command that `fix`es it."""
+
+    available: bool
+    why: str = ""
+    fix: str = ""
+
+
+@functools.cache
+def _load_native() -> str:
+    """Load the native library once; the reason why that failed, empty when it did not."""
+    global _native_library
+    if _native_library is None:
+        _native_library = catalogue.define("co2s_native")
+    try:
+        importlib.import_module("co2s_fast._native")
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"the native library could not be loaded: {error}{_build_failure()}"
+    return ""
+
+
+def _build_failure() -> str:
+    """Why the native library was not built, as recorded by the installation."""
+    record = Path(__file__).parents[1] / "_native_build.json"
+    if not record.is_file():
+        return ""
+    reason = json.loads(record.read_text()).get("reason")
+    return f" (it was not built: {reason})" if reason else ""
+
+
+def _native_status(dispatch_key: str) -> str:
+    why = _load_native()
+    if why:
+        return why
+    missing = [
+        name
+        for name in catalogue.SCHEMAS
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"co2s_native::{name}", dispatch_key)
+    ]
+    if missing:
+        return f"the native library was built without {dispatch_key} kernels for {missing}"
+    if dispatch_key == "CUDA" and not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    return ""
+
+
+@functools.cache
+def _load_triton() -> str:
+    """Import the Triton kernels once; the reason why that failed, empty when it did not."""
+    try:
+        for stem in {catalogue.stem(name) for name in catalogue.SCHEMAS}:
+            importlib.import_module(f"co2s_fast.kernels.{stem}")
+    except ImportError as error:
+        return f"the Triton kernels could not be imported: {error}"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its interpreter, which serves CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _why_not(name: str, device_type: str) -> str:
+    """Why backend `name` cannot serve tensors on `device_type`; empty when it can."""
+    if name == "reference":
+        return ""
+    if name == "cpp":
+        return _native_status("CPU") if device_type == "cpu" else "it serves CPU tensors only"
+    if name == "cuda":
+        return _native_status("CUDA") if device_type == "cuda" else "it serves CUDA tensors only"
+    if device_type != "cuda" and not interpreting():
+        return f"it serves CUDA tensors, and others only with TRITON_INTERPRET=1, not {device_type}"
+    return _load_triton()
+
+
+def backend_status() -> dict[str, BackendStatus]:
+    """For each backend, whether it can be used on this machine; else why and what to do."""
+    device = {"reference": "cpu", "cpp": "cpu", "cuda": "cuda"}
+    device["triton"] = "cuda" if torch.cuda.is_available() else "cpu"
+    status = {}
+    for name in BACKENDS:
+        why = _why_not(name, device[name])
+        fix = _FIX[name]
+        if name == "triton" and why and not _load_triton():
+            why, fix = "torch sees no CUDA GPU", _FIX_INTERPRETER
+        status[name] = BackendStatus(not why, why, fix if why else "")
+    return status
+
+
+@functools.cache
+def _default(device_type: str) -> str:
+    order = ("cuda", "triton") if device_type == "cuda" else ("cpp",)
+    for name in order:
+        if not _why_not(name, device_type):
+            return name
+    wanted = order[-1]
+    warnings.warn(
+        f"co2s_fast: {device_type} tensors are served by the slow PyTorch reference, because "
+        f"{_why_not(wanted, device_type)}. To get the {wanted} backend: {_FIX[wanted]}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "reference"
+
+
+def backend(tensor: Tensor | torch.device | str | None = None) -> str:
+    """Name of the backend that serves `tensor`.
+
+    Args:
+        tensor: a tensor, a device or its name; by default the GPU where there is one, else the CPU.
+
+    Returns:
+        "reference", "cpp", "triton" or "cuda".
+
+    Raises:
+        RuntimeError: the backend forced by `use_backend` cannot serve the tensor.
+    """
+    if tensor is None:
+        tensor = "cuda" if torch.cuda.is_available() else "cpu"
+    device = tensor.device if isinstance(tensor, Tensor) else torch.device(tensor)
+    if _forced is None:
+        return _default(device.type)
+    why = _why_not(_forced, device.type)
+    if why:
+        raise RuntimeError(
+            f"backend {_forced!r} was asked for but cannot serve {device.type} tensors: {why}"
+        )
+    return _forced
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, every op runs on backend `name` or raises; it never falls back.
+
+    Process-wide, for tests and benchmarks. A backward pass uses the backend in force when it runs.
+
+    Args:
+        name: "reference", "cpp", "triton" or "cuda".
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it cannot be used on this machine, or, at a call, for that tensor.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    status = backend_status()[name]
+    if not status.available:
+        raise RuntimeError(f"backend {name!r} is not available: {status.why}. Fix: {status.fix}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+class debug_checks:
+    """Switch device-side range checks on or off, at once; as a context manager, for the block.
+
+    On the GPU a class index outside [0, K) is otherwise treated as a pixel without a label, since
+    looking for it costs a host synchronisation. On the CPU such checks are always made.
+
+    Args:
+        enabled: whether GPU calls check class and partner indices and raise IndexError.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        global _debug
+        self.previous, _debug = _debug, bool(enabled)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        global _debug
+        _debug = self.previous
+
+
+def debugging() -> bool:
+    """Whether device-side range checks are on."""
+    return _debug
+
+
+def register_reference(name: str, function: Callable) -> None:
+    """List `function` as the `reference` implementation of catalogue entry `name`."""
+    _references[name] = function
+
+
+def implementation(name: str, backend_name: str) -> Callable:
+    """The function with which `backend_name` implements catalogue entry `name`."""
+    if backend_name == "reference":
+        return _references[name]
+    if backend_name == "triton":
+        module = importlib.import_module(f"co2s_fast.kernels.{catalogue.stem(name)}")
+        return getattr(module, name)
+    return getattr(torch.ops.co2s_native, name)

@@ -1,0 +1,84 @@
+"""Registers the catalogue with PyTorch: kernels that dispatch, fake kernels, autograd.
+
+An op's own module calls `register` once for each of its catalogue entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from co2s_fast.ops import catalogue, dispatch
+
+LIBRARY = catalogue.define("co2s")
+
+
+def register(
+    name: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    debug_check: Callable | None = None,
+    on_interpreter: Callable | None = None,
+) -> None:
+    """Register catalogue entry `name` as `torch.ops.co2s.<name>` for CPU and CUDA tensors.
+
+    Args:
+        name: key of `catalogue.SCHEMAS`.
+        reference: its implementation in plain PyTorch, with the schema's arguments.
+        fake: shapes and dtypes of its results, for torch.compile and export.
+        debug_check: raises on bad values; called on CUDA tensors while debug checks are on.
+        on_interpreter: completes what the Triton function returns for CPU tensors; called with the
+            function, its arguments and its result.
+    """
+    dispatch.register_reference(name, reference)
+
+    def kernel(*args: Any) -> Any:
+        tensor = next(arg for arg in args if isinstance(arg, Tensor) and arg.dim() > 1)
+        chosen = dispatch.backend(tensor)
+        # CPU kernels check in passing; Triton's, interpreted, cannot raise.
+        checked = dispatch.debugging() if tensor.is_cuda else chosen == "triton"
+        if debug_check is not None and checked:
+            debug_check(*args)
+        # The ops fix their own precision; autocast must not choose another inside them.
+        with torch.autocast(tensor.device.type, enabled=False):
+            result = dispatch.implementation(name, chosen)(*args)
+            if on_interpreter is not None and chosen == "triton" and tensor.device.type == "cpu":
+                result = on_interpreter(*args, result=result)
+        return result
+
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, kernel, device)
+    torch.library.register_fake(f"co2s::{name}", fake, lib=LIBRARY)
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Register the derivative of catalogue entry `name`."""
+    torch.library.register_autograd(
+        f"co2s::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def once_differentiable(name: str) -> None:
+    """Make differentiating backward entry `name`, a second derivative, a clear error."""
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(
+            f"co2s_fast: {name.removesuffix('_backward')} has no second derivative; "
+            "call backward() without create_graph=True, or use co2s_fast.ops.reference"
+        )
+
+    register_autograd(name, backward, setup_context)
+
+
+def saved_like(logits: Tensor, wanted: bool) -> Tensor:
+    """Uninitialised saved gradient: of the logits' shape on the CPU when wanted, else empty."""
+    shape = logits.shape if wanted and logits.device.type == "cpu" else (0,)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.empty(shape, dtype=dtype, device=logits.device)
