@@ -18,6 +18,7 @@ from co2s_fast.ops.dispatch import (
     backend,
     backend_status,
     debug_checks,
+    load_native,
     use_backend,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "backend",
     "backend_status",
     "debug_checks",
+    "load_native",
     "use_backend",
 ]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ _native_library: torch.library.Library | None = None
 class BackendStatus:
     """Whether a backend can be used here; `why` it cannot and the command that `fix`es it."""
 
-    available: bool
+    live: bool
     why: str = ""
     fix: str = ""
 
@@ -58,6 +59,11 @@ def _load_native() -> str:
     except (ImportError, OSError, RuntimeError) as error:
         return f"the native library could not be loaded: {error}{_build_failure()}"
     return ""
+
+
+def load_native() -> ModuleType | None:
+    """The native module `co2s_fast._native`, loaded on the first call; None where it cannot be."""
+    return None if _load_native() else importlib.import_module("co2s_fast._native")
 
 
 def _build_failure() -> str:
@@ -186,8 +192,8 @@ def use_backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise ValueError(f"use_backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
     status = backend_status()[name]
-    if not status.available:
-        raise RuntimeError(f"backend {name!r} is not available: {status.why}. Fix: {status.fix}")
+    if not status.live:
+        raise RuntimeError(f"backend {name!r} is not live: {status.why}. Fix: {status.fix}")
     previous, _forced = _forced, name
     try:
         yield
