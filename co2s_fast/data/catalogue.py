@@ -1,0 +1,259 @@
+"""What a dataset is: its classes, how its raw files pair up and become tiles, how it is augmented.
+
+The built-in datasets are YAML files in `datasets/`; a user's own dataset is the same description
+in a YAML file of their own, and nothing in the code knows a dataset by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from co2s_fast.errors import UsageError
+
+IGNORE = 255
+"""Label of a pixel that has no class, in every label the package writes or yields."""
+
+UNKNOWN = 254
+"""Marks an undeclared mask value while a mask is decoded; never leaves the decoder."""
+
+MAX_CLASSES = 250
+CATALOGUE = Path(__file__).parent / "datasets"
+
+Byte = Annotated[int, Field(ge=0, le=255)]
+Color = tuple[Byte, Byte, Byte]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClassSpec(_Strict):
+    """One class: its name, its palette colour and the phrases that describe it.
+
+    Args:
+        name: class name, used verbatim in text queries.
+        color: (r, g, b), 0-255, in palettes, and in raw masks whose encoding is "color".
+        concepts: phrases whose text embeddings are averaged; the class name is put first if absent.
+        values: raw values of this class in masks whose encoding is "index"; empty: its position
+            in the list of classes plus `mask.offset`.
+    """
+
+    name: str = Field(min_length=1)
+    color: Color
+    concepts: list[str] = []
+    values: list[int] = []
+
+    @model_validator(mode="after")
+    def _name_comes_first(self) -> ClassSpec:
+        if self.name not in self.concepts:
+            object.__setattr__(self, "concepts", [self.name, *self.concepts])
+        return self
+
+
+class MaskSpec(_Strict):
+    """The one map `raw value or colour -> class | ignore`, applied once when a raw mask is read.
+
+    Args:
+        encoding: "index" (one band of numbers) or "color" (RGB or palette, matched by colour).
+        offset: raw value of the first class; 1 is the `reduce_zero_label` of other frameworks.
+        ignore: values (index) or (r, g, b) colours (color) that mean "no class".
+    """
+
+    encoding: Literal["index", "color"] = "index"
+    offset: int = 0
+    ignore: list[int | Color] = [IGNORE]
+
+
+class FilesSpec(_Strict):
+    """How raw files pair up, as path templates with named fields below the raw folder.
+
+    A field is `{word}`: it matches any characters but a slash, in every template alike.
+
+    Args:
+        images: template of the images, e.g. "{scene}/images/{part}.jpg".
+        labels: template of the masks with fields of `images` only; an image whose mask is not
+            there is unlabelled. None: no image has a mask.
+        group: name of the unit that is never in both training and validation, e.g.
+            "{scene}/{part}". None: every image by itself.
+    """
+
+    images: str
+    labels: str | None = None
+    group: str | None = None
+
+
+class TileSpec(_Strict):
+    """How a raw image is cut.
+
+    Args:
+        size: side of the tiles in pixels after scaling; None: images stay whole.
+        stride: step between tiles in pixels; None: `size`.
+        scale: factor by which the raw image is resized first.
+        edge: what happens where the last tile does not fit: "shift" moves it back inside (pads an
+            image smaller than a tile), "pad" pads with ignore, "drop" leaves the rest out.
+    """
+
+    size: int | None = Field(default=None, ge=16)
+    stride: int | None = Field(default=None, ge=1)
+    scale: float = Field(default=1.0, gt=0, le=16)
+    edge: Literal["shift", "pad", "drop"] = "shift"
+
+
+class InfoSpec(_Strict):
+    """What `data list` tells about a dataset. `labeled` maps a ratio to the authors' count."""
+
+    title: str = ""
+    sensor: str = "unknown"
+    resolution: str = "unknown"
+    licence: str = "unknown"
+    source: str = ""
+    notes: list[str] = []
+    total: int | None = None
+    train: int | None = None
+    val: int | None = None
+    paper_total: int | None = None
+    labeled: dict[str, int] = {}
+
+
+class DatasetSpec(_Strict):
+    """One dataset. See `datasets/*.yaml` and `examples/datasets/` for filled-in descriptions.
+
+    Args:
+        name: short name; folder name under the data root.
+        classes: in label order: class 0 first.
+        crop: side of the training crops in pixels.
+        scale: "native" (long side drawn in [lo, hi] times its length) or a reference size
+            (long, short), to which images are fitted times a factor drawn in [lo, hi];
+            validation then brings the short side to `short`.
+        scale_range: (lo, hi).
+        bands: channels of the images.
+        mask: the value map of the raw masks.
+        files: where raw images and masks are. Needed by `data prepare` only.
+        tile: how raw images are cut.
+        val: share of groups held out for validation, or patterns (fnmatch) of their names.
+        generated: the dataset is made by the package itself and needs no files.
+        info: licence, sensor, source, counts.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    classes: list[ClassSpec] = Field(min_length=2, max_length=MAX_CLASSES)
+    crop: int = Field(default=512, ge=16)
+    scale: Literal["native"] | tuple[int, int] = "native"
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    bands: int = Field(default=3, ge=1)
+    mask: MaskSpec = MaskSpec()
+    files: FilesSpec | None = None
+    tile: TileSpec = TileSpec()
+    val: Annotated[float, Field(gt=0, lt=1)] | list[str] = 0.1
+    generated: bool = False
+    info: InfoSpec = InfoSpec()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        return [c.name for c in self.classes]
+
+    @property
+    def palette(self) -> list[Color]:
+        return [c.color for c in self.classes]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> DatasetSpec:
+        problems = [*_repeated("class name", self.class_names), *_mask_problems(self)]
+        problems += _repeated("class color", self.palette)
+        if not 0 < self.scale_range[0] <= self.scale_range[1]:
+            problems.append(f"scale_range {self.scale_range} must be 0 < low <= high")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _repeated(what: str, values: list[Any]) -> list[str]:
+    return [f"{what} {v} is used twice" for v in dict.fromkeys(values) if values.count(v) > 1]
+
+
+def _mask_problems(spec: DatasetSpec) -> list[str]:
+    color = spec.mask.encoding == "color"
+    problems = [
+        f"mask.ignore {v}: encoding {spec.mask.encoding!r} needs {'colours' if color else 'values'}"
+        for v in spec.mask.ignore
+        if isinstance(v, tuple) != color and v != IGNORE
+    ]
+    if not color:
+        values = [v for i, c in enumerate(spec.classes) for v in class_values(spec, i)]
+        problems += _repeated("mask value", values)
+        problems += [f"mask value {v} is both a class and ignored" for v in spec.mask.ignore
+                     if v in values]
+    else:
+        problems += [f"mask color {v} is both a class and ignored" for v in spec.mask.ignore
+                     if v in spec.palette]
+    return problems
+
+
+def class_values(spec: DatasetSpec, index: int) -> list[int]:
+    """Raw mask values of class `index` where the masks' encoding is "index"."""
+    return spec.classes[index].values or [index + spec.mask.offset]
+
+
+def dataset_names() -> list[str]:
+    """Names of the built-in datasets, the generated one first."""
+    return sorted((p.stem for p in CATALOGUE.glob("*.yaml")), key=lambda n: (n != "demo", n))
+
+
+def load_dataset(name_or_path: str | Path) -> DatasetSpec:
+    """The catalogue entry of that name, or the description in a user's YAML file.
+
+    Raises:
+        UsageError: no such entry or file, or the description is wrong; every unknown, missing or
+            wrong key is listed.
+    """
+    path = Path(name_or_path)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        path = CATALOGUE / f"{name_or_path}.yaml"
+        if str(name_or_path) not in dataset_names():
+            raise UsageError(
+                f"unknown dataset {str(name_or_path)!r}: expected one of "
+                f"{', '.join(dataset_names())}, or the path of a .yaml description"
+            )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"dataset description {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"dataset description {path} is not YAML: {_one_line(error)}") from error
+    return parse_dataset(content, path)
+
+
+def parse_dataset(content: Any, origin: str | Path) -> DatasetSpec:
+    """Check the content of a description; `origin` names it in the error."""
+    if not isinstance(content, dict):
+        found = type(content).__name__
+        raise UsageError(f"dataset description {origin}: expected keys and values, found {found}")
+    try:
+        return DatasetSpec.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"dataset description {origin}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """All problems of a pydantic error in one line: `key: what is wrong; key: ...`."""
+    parts = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+        text = {"extra_forbidden": "unknown key", "missing": "missing"}.get(kind, message)
+        if kind not in ("extra_forbidden", "missing", "value_error"):
+            text += f", found {problem['input']!r}"
+        parts.append(f"{key}: {text}" if key else text)
+    return "; ".join(dict.fromkeys(parts))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,73 @@
+"""What a run asks of the data: which dataset, which split, how many images a step."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class DataConfig(BaseModel):
+    """The `data` section of a run's configuration.
+
+    Args:
+        dataset: name in the catalogue, or the path of a YAML description.
+        root: folder that holds `images/` and `labels/`; None: found (see `find_root`).
+        split: split folder in the authors' format. At most one of split, ratio, labels.
+        ratio: share of training images that are labelled, "1/16" or "0.0625".
+        labels: number of training images that are labelled.
+        split_seed: seed of a split made from a ratio or a number.
+        crop: side of training crops in pixels; None: the dataset's.
+        scale: overrides the dataset's scale rule; scale_range: its range.
+        batch_size: labelled images a step, and unlabelled images a step, over all ranks.
+        workers: loader processes a rank; 0 loads in the training process. The batches are the same.
+        loader: input pipeline.
+        truth: read the labels of unlabelled images where there are any, to measure pseudo-labels.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    dataset: str = "demo"
+    root: Path | None = None
+    split: Path | None = None
+    ratio: str | None = None
+    labels: int | None = Field(default=None, ge=1)
+    split_seed: int = Field(default=0, ge=0)
+    crop: int | None = Field(default=None, ge=16)
+    scale: Literal["native"] | tuple[int, int] | None = None
+    scale_range: tuple[float, float] | None = None
+    batch_size: int = Field(default=4, ge=1)
+    workers: int = Field(default=2, ge=0)
+    loader: Literal["torch", "dali"] = "torch"
+    truth: bool = True
+
+    @field_validator("ratio")
+    @classmethod
+    def _ratio_is_a_share(cls, ratio: str | None) -> str | None:
+        if ratio is not None:
+            parse_ratio(ratio)
+        return ratio
+
+    @model_validator(mode="after")
+    def _one_way_to_split(self) -> DataConfig:
+        given = [k for k in ("split", "ratio", "labels") if getattr(self, k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given, at most one of them can be")
+        return self
+
+
+def parse_ratio(ratio: str) -> Fraction:
+    """The share that "1/16" or "0.25" means.
+
+    Raises:
+        ValueError: not a number in (0, 1].
+    """
+    try:
+        share = Fraction(str(ratio).strip())
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if not 0 < share <= 1:
+        raise ValueError(f"ratio {ratio!r}: expected a share in (0, 1], like 1/16 or 0.25")
+    return share

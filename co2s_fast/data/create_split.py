@@ -1,0 +1,179 @@
+"""Making a split: which images validate, and which of the others are labelled."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from co2s_fast.data.catalogue import DatasetSpec, load_dataset
+from co2s_fast.data.config import DataConfig, parse_ratio
+from co2s_fast.data.files import DESCRIPTION, Item, load_label, write_text
+from co2s_fast.data.splits import SPLITS, find_root, read_list, split_name, summary
+from co2s_fast.errors import DataError, UsageError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+_COVERED = 0.01  # share of an image that a class must fill for the image to count as covering it
+_VAL_SEED = 0
+
+
+@dataclass
+class CreatedSplit:
+    """Where a split was written, its sizes, and what there is to say about it."""
+
+    folder: Path
+    labeled: int
+    unlabeled: int
+    val: int
+    notes: list[str] = field(default_factory=list)
+
+
+def create_split(root: Path, spec: DatasetSpec, *, ratio: str | None = None,
+                 labels: int | None = None, seed: int = 0, progress: bool = True) -> CreatedSplit:
+    """Write `splits/<name>/labeled.txt` and `unlabeled.txt`, and `splits/val.txt` if it is not there.
+
+    Validation takes whole groups by the dataset's rule, whatever the seed, so all splits of a
+    dataset validate on the same images. Labelled images are the first of one order that depends on
+    the seed only: smaller splits are nested in larger ones. That order starts with images that
+    together show every class.
+
+    Raises:
+        UsageError: neither or both of ratio and labels.
+        DataError: nothing to split, or more labels wanted than there are.
+    """
+    if (ratio is None) == (labels is None):
+        raise UsageError("give either a ratio or a number of labels")
+    config = DataConfig(dataset=spec.name, root=root, ratio=ratio, labels=labels, split_seed=seed)
+    root = find_root(config, spec)
+    train, val, notes = _train_and_val(root, spec)
+    wanted = labels if labels is not None else int(len(train) * parse_ratio(ratio or ""))
+    candidates = [item for item in train if item.label is not None]
+    if not max(wanted, 1) <= len(candidates):
+        raise DataError(f"{root}: {wanted} labelled images wanted, {len(candidates)} of "
+                        f"{len(train)} training images have a label")
+    shares = _class_shares(candidates, spec, progress)
+    order = labeled_order(shares, seed)[: max(wanted, 1)]
+    notes += _missing_classes(shares[order], spec)
+    chosen = {candidates[i].image for i in order}
+    folder = root / SPLITS / split_name(config)
+    _write_list(folder / "labeled.txt", [candidates[i] for i in order], root)
+    _write_list(folder / "unlabeled.txt", [t for t in train if t.image not in chosen], root)
+    created = CreatedSplit(folder, len(order), len(train) - len(order), len(val))
+    created.notes = [f"made the split {folder}: {created.labeled} labelled, {created.unlabeled} "
+                     f"unlabelled, {created.val} validation images, seed {seed}", *notes]
+    return created
+
+
+def list_images(root: Path) -> list[Item]:
+    """All images of a prepared folder by name, with their labels where there are any."""
+    labels = {p.stem: p for p in sorted((root / "labels").glob("*")) if p.suffix in _SUFFIXES}
+    images = [p for p in sorted((root / "images").glob("*")) if p.suffix.lower() in _SUFFIXES]
+    raw = not (root / DESCRIPTION).is_file()
+    return [Item(p.stem, p, labels.get(p.stem), raw) for p in images]
+
+
+def group_of(name: str) -> str:
+    """The group that a tile belongs to: its name without the `_<y>_<x>` that cutting appended."""
+    return re.sub(r"_\d+_\d+$", "", name)
+
+
+def _train_and_val(root: Path, spec: DatasetSpec) -> tuple[list[Item], list[Item], list[str]]:
+    items = list_images(root)
+    if not items:
+        raise DataError(f"{root / 'images'}: no images")
+    problems: list[str] = []
+    val_list, notes = root / SPLITS / "val.txt", []
+    if val_list.is_file():
+        held = {i.image.name for i in read_list(val_list, root, problems, need_label=True)}
+        if problems:
+            raise DataError(summary(problems))
+    else:
+        held = _choose_val(items, _prepared_rule(root, spec), root)
+        notes.append(f"held {len(held)} images out for validation ({val_list})")
+    val = [item for item in items if item.image.name in held]
+    if not val_list.is_file():
+        _write_list(val_list, val, root)
+    train = [item for item in items if item.image.name not in held]
+    if not train:
+        raise DataError(f"{root}: all {len(items)} images are for validation, none to train on")
+    return train, val, notes
+
+
+def _prepared_rule(root: Path, spec: DatasetSpec) -> float | list[str]:
+    """The rule that came with the prepared folder, else the dataset's."""
+    description = root / DESCRIPTION
+    return (load_dataset(description) if description.is_file() else spec).val
+
+
+def _choose_val(items: Sequence[Item], rule: float | list[str], root: Path) -> set[str]:
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        if item.label is not None:
+            groups[group_of(item.name)].append(item)
+    if isinstance(rule, list):
+        taken = [g for g in groups if any(fnmatchcase(g, pattern) for pattern in rule)]
+        if not taken:
+            raise DataError(f"{root}: no labelled group matches the validation patterns "
+                            f"{', '.join(rule)}; groups are {', '.join(list(groups)[:4])}, ...")
+    else:
+        names = list(groups)
+        if len(names) < 2:
+            raise DataError(f"{root}: {len(names)} groups of labelled images, validation by whole "
+                            "groups needs at least 2")
+        order = np.random.default_rng(_VAL_SEED).permutation(len(names))
+        taken = [names[i] for i in order[: max(round(len(names) * rule), 1)]]
+    return {item.image.name for group in taken for item in groups[group]}
+
+
+def _class_shares(items: Sequence[Item], spec: DatasetSpec, progress: bool) -> np.ndarray:
+    """Share of each class in each image, [images, classes]."""
+    shares = np.zeros((len(items), spec.num_classes))
+    for row, item in enumerate(tqdm(items, desc="counting classes", unit="image", leave=False,
+                                    disable=not progress or len(items) < 200)):
+        label = load_label(item, spec)
+        counts = np.bincount(label.ravel(), minlength=256)[: spec.num_classes]
+        shares[row] = counts / max(label.size, 1)
+    return shares
+
+
+def labeled_order(shares: np.ndarray, seed: int) -> np.ndarray:
+    """Order in which images are labelled: random, but the first ones together show every class.
+
+    Among the images in random order, the one that shows most classes not yet shown comes next,
+    until every class that occurs is shown; the rest follow in random order.
+
+    Args:
+        shares: share of each class in each image, [images, classes].
+        seed: of the random order.
+    """
+    order = np.random.default_rng(seed).permutation(len(shares))
+    floor = np.minimum(_COVERED, shares.max(0, initial=0))
+    shows = (shares >= floor) & (shares > 0)
+    left, first = (shares > 0).any(0), []
+    while left.any():
+        gains = (shows[order] & left).sum(1)
+        gains[np.isin(order, first)] = 0
+        best = int(order[gains.argmax()])
+        first.append(best)
+        left &= ~shows[best]
+    return np.array([*first, *order[~np.isin(order, first)]], dtype=np.int64)
+
+
+def _missing_classes(shares: np.ndarray, spec: DatasetSpec) -> list[str]:
+    missing = [name for name, total in zip(spec.class_names, shares.sum(0), strict=True)
+               if total == 0]
+    return [f"warning: no labelled image shows {', '.join(missing)}"] if missing else []
+
+
+def _write_list(path: Path, items: Sequence[Item], root: Path) -> None:
+    lines = []
+    for item in items:
+        files = [item.image] if item.label is None else [item.image, item.label]
+        lines.append(" ".join(str(f.relative_to(root).as_posix()) for f in files))
+    write_text(path, "".join(line + "\n" for line in lines))

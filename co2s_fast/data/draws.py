@@ -1,0 +1,181 @@
+"""Every random choice of the augmentation, drawn as data before any pixel is touched.
+
+A pipeline applies these numbers and draws none of its own, so the torch and the DALI pipelines
+share them, image and label share their geometry, and tests compare distributions without images.
+The generator of an image is seeded by (seed, step, position in the global batch): a batch is a
+pure function of the seed and the step. Ranges and probabilities: UniMatch's protocol (Yang et al.,
+CVPR 2023), with the reference-scale resize of SemiVL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+JITTER_PROBABILITY = 0.8
+GRAY_PROBABILITY = 0.2
+BLUR_PROBABILITY = 0.5
+BLUR_SIGMA = (0.1, 2.0)
+BRIGHTNESS = CONTRAST = SATURATION = (0.5, 1.5)
+HUE = (-0.25, 0.25)
+BOX_PROBABILITY = 0.5
+BOX_AREA = (0.02, 0.4)
+BOX_ASPECT = (0.3, 1 / 0.3)
+
+LABELED, UNLABELED = 0, 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a crop lies: the image resized to (height, width), then cropped, then flipped.
+
+    Args:
+        height: rows of the whole image after resizing.
+        width: columns of the whole image after resizing.
+        top: first row of the crop in the resized image, padded right and bottom to the crop.
+        left: first column of the crop.
+        crop: side of the crop.
+        flip: mirrored left to right.
+    """
+
+    height: int
+    width: int
+    top: int
+    left: int
+    crop: int
+    flip: bool
+
+    @property
+    def valid_height(self) -> int:
+        """Rows of the crop that are image; the rest, below, is padding."""
+        return min(self.crop, self.height - self.top)
+
+    @property
+    def valid_width(self) -> int:
+        """Columns of the crop that are image, before the flip."""
+        return min(self.crop, self.width - self.left)
+
+
+@dataclass(frozen=True)
+class Colour:
+    """The photometric part of one strong view.
+
+    Args:
+        order: order of the jitter's parts: 0 brightness, 1 contrast, 2 saturation, 3 hue;
+            empty: no jitter.
+        brightness: factor, 1 leaves the image.
+        contrast: factor.
+        saturation: factor.
+        hue: shift in turns, [-0.25, 0.25].
+        gray: turned to grey.
+        sigma: standard deviation of the Gaussian blur in pixels; 0: none.
+    """
+
+    order: tuple[int, ...] = ()
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+    gray: bool = False
+    sigma: float = 0.0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All choices for one image: its crop, and for an unlabelled one two strong views."""
+
+    geometry: Geometry
+    colours: tuple[Colour, Colour] | None = None
+    boxes: tuple[tuple[int, int, int, int], tuple[int, int, int, int]] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The dataset's share in the choices: crop, scale rule and scale range."""
+
+    crop: int
+    scale: Literal["native"] | Sequence[int] = "native"
+    scale_range: tuple[float, float] = (0.5, 2.0)
+
+
+def generator(seed: int, step: int, position: int, stream: int) -> np.random.Generator:
+    """The generator of one image: stream is LABELED or UNLABELED, position counts globally."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step, position,
+                                                                        stream))))
+
+
+def draw(rng: np.random.Generator, height: int, width: int, recipe: Recipe, strong: bool) -> Draws:
+    """Draw everything for an image of that size."""
+    geometry = draw_geometry(rng, height, width, recipe)
+    if not strong:
+        return Draws(geometry)
+    colours = draw_colour(rng), draw_colour(rng)
+    return Draws(geometry, colours, (draw_box(rng, recipe.crop), draw_box(rng, recipe.crop)))
+
+
+def draw_geometry(rng: np.random.Generator, height: int, width: int, recipe: Recipe) -> Geometry:
+    """Random rescale, crop and horizontal flip."""
+    new_height, new_width = draw_size(rng, height, width, recipe)
+    top = int(rng.integers(max(new_height - recipe.crop, 0) + 1))
+    left = int(rng.integers(max(new_width - recipe.crop, 0) + 1))
+    return Geometry(new_height, new_width, top, left, recipe.crop, bool(rng.random() < 0.5))
+
+
+def draw_size(rng: np.random.Generator, height: int, width: int,
+              recipe: Recipe) -> tuple[int, int]:
+    """Size of the whole image after the random rescale.
+
+    native: the long side is a uniform integer in [floor(lo L), floor(hi L)], the other follows,
+    rounded half up. Reference (long, short): r ~ U(lo, hi), the box (floor(long r), floor(short r))
+    bounds the image, whose sides become floor(side * scale + 0.5).
+    """
+    low, high = recipe.scale_range
+    if recipe.scale == "native":
+        side = max(height, width)
+        long = int(rng.integers(math.floor(low * side), math.floor(high * side) + 1))
+        short = int(min(height, width) * long / side + 0.5)
+        size = (long, short) if height >= width else (short, long)
+    else:
+        ratio = rng.uniform(low, high)
+        size = fit(height, width, [math.floor(side * ratio) for side in recipe.scale])
+    return max(size[0], 1), max(size[1], 1)
+
+
+def fit(height: int, width: int, box: Sequence[int]) -> tuple[int, int]:
+    """Largest size within box (any order of its sides) that keeps the ratio of the sides."""
+    scale = min(max(box) / max(height, width), min(box) / min(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def draw_colour(rng: np.random.Generator) -> Colour:
+    """Colour jitter, grey and blur of one strong view.
+
+    Every number is drawn whether it is used or not, so that one choice does not shift the next.
+    """
+    jitter, gray, blur = rng.random(3) < (JITTER_PROBABILITY, GRAY_PROBABILITY, BLUR_PROBABILITY)
+    order = tuple(int(i) for i in rng.permutation(4))
+    low, high = zip(BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR_SIGMA, strict=True)
+    values = [float(v) for v in rng.uniform(low, high)]
+    sigma = values[4] if blur else 0.0
+    if not jitter:
+        return Colour(gray=bool(gray), sigma=sigma)
+    return Colour(order, *values[:4], gray=bool(gray), sigma=sigma)
+
+
+def draw_box(rng: np.random.Generator, size: int) -> tuple[int, int, int, int]:
+    """A CutMix box (x1, y1, x2, y2), half open, or zeros.
+
+    The area is drawn once; aspect and corner are redrawn until the box fits.
+    """
+    present = rng.random() < BOX_PROBABILITY
+    area = rng.uniform(*BOX_AREA) * size * size
+    while True:
+        aspect = rng.uniform(*BOX_ASPECT)  # height / width
+        width, height = int(math.sqrt(area / aspect)), int(math.sqrt(area * aspect))
+        x, y = (int(v) for v in rng.integers(0, size, 2))
+        if x + width <= size and y + height <= size:
+            return (x, y, x + width, y + height) if present else (0, 0, 0, 0)

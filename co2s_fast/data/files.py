@@ -1,0 +1,231 @@
+"""Images and labels on disk: reading, decoding masks, writing atomically."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from co2s_fast.data.catalogue import IGNORE, UNKNOWN, DatasetSpec, MaskSpec, class_values
+from co2s_fast.errors import DataError
+
+DESCRIPTION = "dataset.yaml"
+"""Marks a prepared folder: its labels hold class ids, whatever the raw masks held."""
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Orthophotos exceed Pillow's default guard (89 megapixels) by far; a header may claim this much.
+Image.MAX_IMAGE_PIXELS = 1 << 31
+
+_COLOR_MODES = ("RGB", "P", "L", "RGBA", "1", "LA", "PA")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a split.
+
+    Args:
+        name: stem of the image file.
+        image: its path.
+        label: path of its label, None where it has none.
+        raw: the label holds raw values that the dataset's mask map turns into classes (folders
+            as the authors distribute them), not class ids.
+    """
+
+    name: str
+    image: Path
+    label: Path | None = None
+    raw: bool = False
+
+
+def open_image(path: Path) -> Image.Image:
+    """The decoded Pillow image; a DataError names the file where that fails."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()).replace(f" '{path}'", "")
+        raise DataError(f"{path}: damaged or not an image ({reason})") from error
+    return image
+
+
+def load_image(path: Path) -> NDArray[np.uint8]:
+    """The image as uint8 [H, W, 3]; grey images are repeated, alpha is dropped.
+
+    Raises:
+        DataError: missing, damaged or not 8-bit.
+    """
+    return np.asarray(load_rgb(path))
+
+
+def load_rgb(path: Path) -> Image.Image:
+    """`load_image` as a Pillow image in mode RGB."""
+    image = open_image(path)
+    if image.mode not in _COLOR_MODES and image.mode not in ("CMYK", "YCbCr"):
+        raise DataError(f"{path}: mode {image.mode}, expected 8-bit grey or RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_label(item: Item, spec: DatasetSpec) -> NDArray[np.uint8]:
+    """The label of an item as uint8 [H, W]: class ids, 255 for none.
+
+    Raises:
+        DataError: no label, damaged, or a value the dataset does not declare.
+    """
+    if item.label is None:
+        raise DataError(f"{item.image}: has no label")
+    if item.raw:
+        return decode_mask(item.label, spec)
+    label = _one_band(open_image(item.label), item.label)
+    wrong = (label >= spec.num_classes) & (label != IGNORE)
+    if wrong.any():
+        raise _undeclared(item.label, label, wrong, spec)
+    return label
+
+
+def decode_mask(path: Path, spec: DatasetSpec) -> NDArray[np.uint8]:
+    """Read a raw mask and apply the dataset's value map: uint8 [H, W] class ids, 255 for none.
+
+    Raises:
+        DataError: damaged, or a value or colour the dataset does not declare.
+    """
+    image = open_image(path)
+    if spec.mask.encoding == "color":
+        raw = np.asarray(image.convert("RGB"))
+        label = _decode_colors(raw, spec)
+    else:
+        raw = _one_band(image, path)
+        label = _decode_values(raw, spec)
+    unknown = label == UNKNOWN
+    if unknown.any():
+        raise _undeclared(path, raw, unknown, spec)
+    return label
+
+
+def _one_band(image: Image.Image, path: Path) -> NDArray:
+    if image.mode not in ("L", "P", "1", "I", "I;16"):
+        raise DataError(f"{path}: mode {image.mode}, expected one band of class numbers")
+    return np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
+
+
+def _decode_values(raw: NDArray, spec: DatasetSpec) -> NDArray[np.uint8]:
+    table = np.full(int(max(raw.max(initial=0), IGNORE)) + 1, UNKNOWN, np.uint8)
+    for value in (*spec.mask.ignore, IGNORE):
+        if value < len(table):
+            table[value] = IGNORE
+    for index in range(spec.num_classes):
+        for value in class_values(spec, index):
+            if value < len(table):
+                table[value] = index
+    if raw.min(initial=0) < 0:
+        raw = np.where(raw < 0, len(table), raw)
+        table = np.append(table, np.uint8(UNKNOWN))
+    return table[raw]
+
+
+def _decode_colors(rgb: NDArray[np.uint8], spec: DatasetSpec) -> NDArray[np.uint8]:
+    ignored = [c for c in spec.mask.ignore if isinstance(c, tuple)]
+    colors = np.array([*spec.palette, *ignored], np.uint8)
+    values = np.array([*range(spec.num_classes), *[IGNORE] * len(ignored)], np.uint8)
+    try:
+        from co2s_fast._native import decode_palette
+    except ImportError:
+        return decode_palette_numpy(rgb, colors, values, UNKNOWN)
+    return decode_palette(np.ascontiguousarray(rgb), colors, values, UNKNOWN)
+
+
+def decode_palette_numpy(
+    rgb: NDArray[np.uint8],  # [H, W, 3]
+    colors: NDArray[np.uint8],  # [N, 3]
+    values: NDArray[np.uint8],  # [N]
+    unknown: int,
+) -> NDArray[np.uint8]:
+    """values[i] where rgb equals colors[i], `unknown` where it equals none."""
+    weight = np.array([1 << 16, 1 << 8, 1], np.int32)
+    keys = colors.astype(np.int32) @ weight
+    order = np.argsort(keys)
+    channels = rgb.astype(np.int32)
+    packed = channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
+    # Masks have long runs of one colour: look each run up once.
+    flat = packed.ravel()
+    starts = np.flatnonzero(np.diff(flat, prepend=-1))
+    at = np.searchsorted(keys[order], flat[starts]).clip(max=len(keys) - 1)
+    hit = keys[order][at] == flat[starts]
+    found = np.where(hit, values[order][at], np.uint8(unknown)).astype(np.uint8)
+    return np.repeat(found, np.diff(starts, append=flat.size)).reshape(packed.shape)
+
+
+def _undeclared(path: Path, raw: NDArray, where: NDArray, spec: DatasetSpec) -> DataError:
+    values, counts = np.unique(raw[where], axis=0, return_counts=True)
+    kind = "colour" if raw.ndim == 3 else "value"
+    shown = ", ".join(
+        f"{tuple(int(c) for c in v) if raw.ndim == 3 else int(v)} in {n} pixels"
+        for v, n in list(zip(values, counts, strict=True))[:5]
+    )
+    more = f" and {len(values) - 5} more" if len(values) > 5 else ""
+    return DataError(
+        f"{path}: undeclared {kind} {shown}{more}; "
+        f"dataset {spec.name!r} declares {spec.num_classes} classes: {declared(spec)}"
+    )
+
+
+def declared(spec: DatasetSpec) -> str:
+    """The mask map in one line, for messages."""
+    if spec.mask.encoding == "color":
+        pairs = [f"{c.name} {c.color}" for c in spec.classes]
+    else:
+        pairs = [f"{c.name} {'/'.join(map(str, class_values(spec, i)))}"
+                 for i, c in enumerate(spec.classes)]
+    return ", ".join([*pairs, f"ignored {', '.join(map(str, spec.mask.ignore))}"])
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, moved onto it when the block succeeds, removed otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_image(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write uint8 [H, W, 3] as PNG, atomically."""
+    with replacing(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG", compress_level=1)
+
+
+def save_label(path: Path, label: NDArray[np.uint8], palette: Sequence[Sequence[int]]) -> None:
+    """Write class ids as an indexed PNG with the dataset's colours (ignore is black), atomically."""
+    image = Image.fromarray(label)
+    # All 256 entries: with fewer, Pillow packs pixels in 4 bits or less and 255 would be cut off.
+    entries = [tuple(color) for color in palette] + [(0, 0, 0)] * (256 - len(palette))
+    image.putpalette([channel for color in entries for channel in color])
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", optimize=False)
+
+
+def write_description(root: Path, spec: DatasetSpec) -> None:
+    """Write `dataset.yaml` of a prepared folder: the dataset, its labels now being class ids."""
+    classes = [c.model_copy(update={"values": []}) for c in spec.classes]
+    prepared = spec.model_copy(update={"mask": MaskSpec(), "classes": classes})
+    content = prepared.model_dump(mode="json", exclude_defaults=True)
+    write_text(root / DESCRIPTION, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

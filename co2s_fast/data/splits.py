@@ -1,0 +1,224 @@
+"""Split lists: reading the authors' format, and finding a run's data before anything is trained."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from co2s_fast.data.catalogue import DatasetSpec, load_dataset
+from co2s_fast.data.config import DataConfig, parse_ratio
+from co2s_fast.data.files import DESCRIPTION, Item
+from co2s_fast.errors import DataError, UsageError
+
+SPLITS = "splits"
+_SHOWN = 5
+
+
+@dataclass
+class Split:
+    """The images of a run. `notes` says what was decided on the way, one line each."""
+
+    labeled: list[Item]
+    unlabeled: list[Item]
+    val: list[Item]
+    folder: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def open_split(config: DataConfig, spec: DatasetSpec) -> Split:
+    """The labelled, unlabelled and validation images that a configuration asks for.
+
+    The built-in demo dataset is generated where it is not found. A ratio or a number of labels
+    that has no split folder yet gets one, made with `config.split_seed`.
+
+    Raises:
+        DataError: data not found (says what to fetch and which command to run), or anything wrong
+            with the lists or the files they name; all problems are found before training.
+        UsageError: neither split, ratio nor labels given.
+    """
+    if config.split is None and config.ratio is None and config.labels is None:
+        raise UsageError("which images are labelled? give a ratio (1/16), a number of labels, "
+                         "or a split folder")
+    root = find_root(config, spec)
+    notes: list[str] = []
+    folder = config.split or root / SPLITS / split_name(config)
+    if config.split is None and not (folder / "labeled.txt").is_file():
+        from co2s_fast.data.create_split import create_split
+
+        notes += create_split(root, spec, ratio=config.ratio, labels=config.labels,
+                              seed=config.split_seed).notes
+    split = read_split(root, folder, spec)
+    split.notes = [*notes, *split.notes]
+    _check_sizes(split, config, folder)
+    return split
+
+
+def split_name(config: DataConfig) -> str:
+    """Folder name of a split made from a ratio or a number: 1_16, labels_50, 1_16_seed1."""
+    if config.labels is not None:
+        name = f"labels_{config.labels}"
+    else:
+        share = parse_ratio(config.ratio or "")
+        name = f"{share.numerator}_{share.denominator}"
+    return name if config.split_seed == 0 else f"{name}_seed{config.split_seed}"
+
+
+def find_root(config: DataConfig, spec: DatasetSpec) -> Path:
+    """The folder that holds the prepared dataset: `images/`, `labels/`.
+
+    Looked for in `config.root`, `$CO2S_DATA/<name>`, `./data/<name>`, in this order; the first
+    that applies. A given root may also be the parent of `<name>/`.
+
+    Raises:
+        DataError: not there; says what to fetch and which command prepares it.
+    """
+    candidates = []
+    if config.root is not None:
+        candidates = [config.root, config.root / spec.name]
+    else:
+        if os.environ.get("CO2S_DATA"):
+            candidates.append(Path(os.environ["CO2S_DATA"]) / spec.name)
+        candidates.append(Path("data") / spec.name)
+    for root in candidates:
+        if (root / "images").is_dir():
+            _check_description(root, spec)
+            return root
+    if spec.generated:
+        from co2s_fast.data.demo import generate_demo
+
+        return generate_demo(candidates[0], spec)
+    tried = ", ".join(f"{c}/images" for c in candidates)
+    source = f"fetch it from {spec.info.source}, then" if spec.info.source else "then"
+    raise DataError(
+        f"dataset {spec.name!r} not found (looked for {tried}): {source} run "
+        f"`co2s-fast data prepare {config.dataset} --raw RAW_FOLDER --out {candidates[-1]}`, or "
+        "give --data-root"
+    )
+
+
+def _check_description(root: Path, spec: DatasetSpec) -> None:
+    """A prepared tree must hold the classes that the run trains."""
+    description = root / DESCRIPTION
+    if not description.is_file():
+        return
+    found = load_dataset(description).class_names
+    if found != spec.class_names:
+        raise DataError(f"{description}: was prepared for classes {', '.join(found)}; "
+                        f"dataset {spec.name!r} has {', '.join(spec.class_names)}")
+
+
+def is_uniform(root: Path) -> bool:
+    """Whether labels below root hold class ids (prepared here), not raw values (by others)."""
+    return (root / DESCRIPTION).is_file()
+
+
+def read_split(root: Path, folder: Path, spec: DatasetSpec) -> Split:
+    """Read `labeled.txt`, `unlabeled.txt` and `val.txt` and check every file they name.
+
+    `val.txt` is looked for in the folder, then in its parents up to two levels. An unlabelled
+    line may name the image only; a label it names may be absent.
+    """
+    problems: list[str] = []
+    if not folder.is_dir():
+        raise DataError(f"split folder {folder}: missing")
+    unlabeled_list = folder / "unlabeled.txt"
+    val_list = next((d / "val.txt" for d in (folder, folder.parent, folder.parent.parent)
+                     if (d / "val.txt").is_file()), folder / "val.txt")
+    labeled = read_list(folder / "labeled.txt", root, problems, need_label=True)
+    unlabeled = []
+    if unlabeled_list.is_file():
+        unlabeled = read_list(unlabeled_list, root, problems, need_label=False, may_be_empty=True)
+    val = read_list(val_list, root, problems, need_label=True)
+    split = Split(labeled, unlabeled, val, folder)
+    problems += overlaps(split)
+    if problems:
+        raise DataError(summary(problems))
+    return split
+
+
+def summary(problems: list[str]) -> str:
+    """The first few problems in one line, and how many there are."""
+    more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + more
+
+
+def read_list(path: Path, root: Path, problems: list[str], *, need_label: bool,
+              may_be_empty: bool = False, check_files: bool = True) -> list[Item]:
+    """The items of one list, `images/a.png labels/a.png` a line; problems are appended."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        problems.append(f"split list {path}: missing")
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"split list {path}: unreadable ({error})")
+        return []
+    base, raw, items = root.resolve(), not is_uniform(root), []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                items.append(_read_line(line, root, base, need_label, check_files, raw))
+            except DataError as error:
+                problems.append(f"{path}, line {number}: {error}")
+    if not items and not may_be_empty and not any(p.startswith(str(path)) for p in problems):
+        problems.append(f"split list {path}: empty, expected at least one line "
+                        "`images/NAME.png labels/NAME.png`")
+    return items
+
+
+def _read_line(line: str, root: Path, base: Path, need_label: bool, check_files: bool,
+               raw: bool) -> Item:
+    fields = line.split()
+    if len(fields) > 2:
+        raise DataError(f"{len(fields)} fields, expected an image and a label")
+    if need_label and len(fields) < 2:
+        raise DataError(f"{fields[0]}: no label named")
+    paths = [_inside(root, base, field) for field in fields]
+    image, label = paths[0], paths[1] if len(paths) > 1 else None
+    if check_files:
+        if not image.is_file():
+            raise DataError(f"{image}: missing file")
+        if label is not None and not label.is_file():
+            if need_label:
+                raise DataError(f"{label}: missing file")
+            label = None
+    return Item(image.stem, image, label, raw)
+
+
+def _inside(root: Path, base: Path, field_: str) -> Path:
+    path = root / field_
+    # A list comes from elsewhere: what it names must stay below the data root. The text is judged,
+    # not where links lead: linked image folders are common and harmless.
+    if Path(field_).is_absolute() or ".." in Path(field_).parts:
+        raise DataError(f"{field_}: outside the data root {base}")
+    return path
+
+
+def overlaps(split: Split) -> list[str]:
+    """Images in more than one place, one problem a pair of lists."""
+    names = {"labeled": split.labeled, "unlabeled": split.unlabeled, "val": split.val}
+    sets = {key: {item.image for item in items} for key, items in names.items()}
+    problems = []
+    for one, other in (("labeled", "val"), ("unlabeled", "val"), ("labeled", "unlabeled")):
+        both = sets[one] & sets[other]
+        if both:
+            problems.append(f"{len(both)} images are in both {one}.txt and {other}.txt, "
+                            f"for example {min(both)}")
+    for key, items in names.items():
+        if len(sets[key]) < len(items):
+            problems.append(f"{key}.txt: {len(items) - len(sets[key])} images are listed twice")
+    return problems
+
+
+def _check_sizes(split: Split, config: DataConfig, folder: Path) -> None:
+    if len(split.labeled) < config.batch_size:
+        raise DataError(
+            f"{folder / 'labeled.txt'}: {len(split.labeled)} labelled images, fewer than the batch "
+            f"size {config.batch_size}; lower the batch size or label more"
+        )
+    if split.unlabeled and len(split.unlabeled) < config.batch_size:
+        raise DataError(
+            f"{folder / 'unlabeled.txt'}: {len(split.unlabeled)} unlabelled images, fewer than the "
+            f"batch size {config.batch_size}"
+        )
