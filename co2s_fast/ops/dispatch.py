@@ -75,7 +75,9 @@ def _build_failure() -> str:
     return f" (it was not built: {reason})" if reason else ""
 
 
+@functools.cache
 def _native_status(dispatch_key: str) -> str:
+    """Why the native kernels under `dispatch_key` cannot be used; empty when they can."""
     why = _load_native()
     if why:
         return why
@@ -85,7 +87,8 @@ def _native_status(dispatch_key: str) -> str:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"co2s_native::{name}", dispatch_key)
     ]
     if missing:
-        return f"the native library was built without {dispatch_key} kernels for {missing}"
+        which = "any" if len(missing) == len(catalogue.SCHEMAS) else ", ".join(missing)
+        return f"the native library was built without {dispatch_key} kernels (without {which})"
     if dispatch_key == "CUDA" and not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     return ""
@@ -115,9 +118,10 @@ def _why_not(name: str, device_type: str) -> str:
         return _native_status("CPU") if device_type == "cpu" else "it serves CPU tensors only"
     if name == "cuda":
         return _native_status("CUDA") if device_type == "cuda" else "it serves CUDA tensors only"
-    if device_type != "cuda" and not interpreting():
-        return f"it serves CUDA tensors, and others only with TRITON_INTERPRET=1, not {device_type}"
-    return _load_triton()
+    why = _load_triton()
+    if not why and device_type != "cuda" and not interpreting():
+        return f"it serves CUDA tensors, and {device_type} ones only with TRITON_INTERPRET=1"
+    return why
 
 
 def backend_status() -> dict[str, BackendStatus]:
@@ -233,6 +237,7 @@ def register_reference(name: str, function: Callable) -> None:
     _references[name] = function
 
 
+@functools.cache
 def implementation(name: str, backend_name: str) -> Callable:
     """The function with which `backend_name` implements catalogue entry `name`."""
     if backend_name == "reference":
@@ -240,4 +245,4 @@ def implementation(name: str, backend_name: str) -> Callable:
     if backend_name == "triton":
         module = importlib.import_module(f"co2s_fast.kernels.{catalogue.stem(name)}")
         return getattr(module, name)
-    return getattr(torch.ops.co2s_native, name)
+    return getattr(torch.ops.co2s_native, name).default

@@ -31,8 +31,8 @@ def register(
         reference: its implementation in plain PyTorch, with the schema's arguments.
         fake: shapes and dtypes of its results, for torch.compile and export.
         debug_check: raises on bad values; called on CUDA tensors while debug checks are on.
-        on_interpreter: completes what the Triton function returns for CPU tensors; called with the
-            function, its arguments and its result.
+        on_interpreter: completes what the Triton function returns for CPU tensors; called with its
+            arguments and, as `result`, its result.
     """
     dispatch.register_reference(name, reference)
 
@@ -43,11 +43,14 @@ def register(
         checked = dispatch.debugging() if tensor.is_cuda else chosen == "triton"
         if debug_check is not None and checked:
             debug_check(*args)
-        # The ops fix their own precision; autocast must not choose another inside them.
-        with torch.autocast(tensor.device.type, enabled=False):
-            result = dispatch.implementation(name, chosen)(*args)
-            if on_interpreter is not None and chosen == "triton" and tensor.device.type == "cpu":
-                result = on_interpreter(*args, result=result)
+        function = dispatch.implementation(name, chosen)
+        if chosen == "reference":
+            # The ops fix their own precision; autocast must not choose another inside them.
+            with torch.autocast(tensor.device.type, enabled=False):
+                return function(*args)
+        result = function(*args)
+        if on_interpreter is not None and chosen == "triton" and not tensor.is_cuda:
+            return on_interpreter(*args, result=result)
         return result
 
     for device in ("CPU", "CUDA"):
