@@ -1,0 +1,303 @@
+"""A run's whole configuration: recipe, then --set overrides, then command-line options."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from co2s_fast.data import DataConfig, dataset_names
+from co2s_fast.engine.evaluation import EvalConfig
+from co2s_fast.errors import UsageError
+from co2s_fast.methods import METHODS, get_method
+from co2s_fast.models import StudentConfig
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+CONFIG_FILE = "config.yaml"
+
+AnyMethodConfig = Annotated[
+    Union[tuple(get_method(name).Config for name in METHODS)],  # noqa: UP007
+    Field(discriminator="name"),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TrainConfig(_Strict):
+    """How long, how fast and on what a run trains.
+
+    Attributes:
+        epochs, steps: length of the run, one of the two. An epoch is a pass over the unlabelled
+            images, for every method alike.
+        lr, weight_decay, betas, eps: AdamW.
+        backbone_multiplier, decoder_multiplier: factors on `lr` for those parameters.
+        power, warmup_steps: polynomial decay, and a linear warm-up (none by default).
+        device: "auto" takes CUDA where there is one.
+        precision: "auto" is bfloat16 autocast on CUDA and float32 on the CPU.
+        channels_last, compile: memory layout and torch.compile of the students.
+        log_every: steps between log records.
+        eval_every: steps between evaluations; None: once an epoch.
+        save_every: steps between writes of `last`; None: at every evaluation.
+        probe_images: unlabelled images that have labels, on which pseudo-labels are measured at
+            every evaluation.
+        debug_steps: first steps with range checks of the losses' inputs, which cost a
+            synchronisation each.
+        deterministic: ask torch for deterministic kernels wherever it has them.
+        tensorboard: write event files beside metrics.jsonl.
+    """
+
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    lr: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    backbone_multiplier: float = Field(default=0.01, ge=0)
+    decoder_multiplier: float = Field(default=10.0, ge=0)
+    power: float = Field(default=0.9, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    log_every: int = Field(default=20, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)
+    save_every: int | None = Field(default=None, ge=1)
+    probe_images: int = Field(default=32, ge=0)
+    debug_steps: int = Field(default=2, ge=0)
+    deterministic: bool = False
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"give epochs or steps: epochs {self.epochs}, steps {self.steps}")
+        return self
+
+
+class RunConfig(_Strict):
+    """Everything that decides a run. `config.yaml` in the run folder is one of these."""
+
+    data: DataConfig
+    students: dict[str, StudentConfig] = Field(min_length=1)
+    method: AnyMethodConfig
+    train: TrainConfig
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    seed: int = Field(default=0, ge=0)
+    out: Path | None = None
+
+    @field_validator("students", mode="before")
+    @classmethod
+    def _drop_removed_students(cls, students: Any) -> Any:
+        """`--set students.ssm=null` takes a student out of a recipe."""
+        if isinstance(students, Mapping):
+            return {name: config for name, config in students.items() if config is not None}
+        return students
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: `out`, or a name made of dataset, split, method and seed."""
+        if self.out is not None:
+            return self.out
+        data = self.data
+        split = data.ratio or (data.split and data.split.name) or data.labels or "all"
+        parts = [Path(data.dataset).stem, str(split).replace("/", "_"), self.method.name]
+        if self.seed:
+            parts.append(f"seed{self.seed}")
+        return Path("runs") / "-".join(parts)
+
+
+def load_config(
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Put a configuration together and check all of it.
+
+    Args:
+        recipe: name of a recipe of the package, or path of a YAML file; None: the default of the
+            dataset that `options` or `overrides` name.
+        overrides: "section.key=value", the value in YAML.
+        options: nested values that win over everything, e.g. `{"data": {"ratio": "1/32"}}`.
+
+    Raises:
+        UsageError: anything is unknown or wrong; all of it is listed.
+    """
+    options = dict(options or {})
+    changes = merge(parse_overrides(overrides), options)
+    if recipe is None:
+        recipe = default_recipe(str(changes.get("data", {}).get("dataset", "demo")))
+    content = read_recipe(recipe)
+    name = changes.get("method", {}).get("name")
+    if name is not None and content.get("method", {}).get("name") != name:
+        content["method"] = {}  # options of another method would be unknown to this one
+    if {"ratio", "labels", "split"} & changes.get("data", {}).keys():
+        for key in ("ratio", "labels", "split"):
+            content.get("data", {}).pop(key, None)
+    if {"epochs", "steps"} & changes.get("train", {}).keys():
+        for key in ("epochs", "steps"):
+            content.get("train", {}).pop(key, None)
+    return parse_config(merge(content, changes), f"recipe {recipe}")
+
+
+def parse_config(content: Mapping[str, Any], origin: str) -> RunConfig:
+    """Validate a whole configuration; `origin` names it in the error."""
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"{origin}: {'; '.join(problems(error))}") from None
+
+
+def problems(error: ValidationError) -> list[str]:
+    """Every problem of a validation error as `key: what is wrong`."""
+    found = []
+    for problem in error.errors(include_url=False):
+        location = [str(part) for part in problem["loc"]]
+        if location[:1] == ["method"] and location[1:2] and location[1] in METHODS:
+            del location[1]  # the tag of the union, no key of the file
+        key = ".".join(location)
+        kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+        if kind == "extra_forbidden":
+            message = f"unknown key{suggestion(location[-1])}"
+        elif kind == "missing":
+            message = "missing"
+        elif kind == "union_tag_invalid":
+            message = f"unknown method {problem['ctx']['tag']!r}, expected {', '.join(METHODS)}"
+        elif kind not in {"value_error", "union_tag_not_found"}:
+            message = f"{message}, found {problem['input']!r}"
+        found.append(f"{key}: {message}" if key else message)
+    return list(dict.fromkeys(found))
+
+
+def suggestion(key: str) -> str:
+    """The known key that is spelt most alike, if any is near."""
+    schema = RunConfig.model_json_schema()
+    known = set(schema["properties"])
+    for definition in schema["$defs"].values():
+        known |= definition.get("properties", {}).keys()
+    near = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`: dictionaries are merged, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`["train.steps=500", "seed=1"]` as nested dictionaries.
+
+    Raises:
+        UsageError: some are not `key=value`; all of them are listed.
+    """
+    nested: dict[str, Any] = {}
+    wrong = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        keys = [key.strip() for key in path.split(".")]
+        try:
+            content = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or not all(keys):
+            wrong.append(text)
+            continue
+        for key in reversed(keys):
+            content = {key: content}
+        nested = merge(nested, content)
+    if wrong:
+        raise UsageError(f"--set: expected KEY=VALUE like train.steps=500, found {', '.join(wrong)}")
+    return nested
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def default_recipe(dataset: str) -> str:
+    """The recipe of the dataset's name, else `own` with a GPU and `tiny` without."""
+    if dataset in recipe_names() and dataset in dataset_names():
+        return dataset
+    return "own" if torch.cuda.is_available() else "tiny"
+
+
+def read_recipe(recipe: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a recipe on top of the recipe that its `base` key names, if it does."""
+    path = Path(recipe)
+    if path.suffix.lower() not in {".yaml", ".yml"}:
+        path = RECIPES / f"{recipe}.yaml"
+        if str(recipe) not in recipe_names():
+            names = ", ".join(recipe_names())
+            raise UsageError(f"recipe {str(recipe)!r}: expected one of {names}, or a .yaml file")
+    if path in seen:
+        raise UsageError(f"recipe {path}: is its own base")
+    content = read_yaml(path)
+    base = content.pop("base", None)
+    return content if base is None else merge(read_recipe(base, (*seen, path)), content)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of keys and values, or a one-line error."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The configuration a run folder was trained with."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} is not a run folder: it has no {CONFIG_FILE}")
+    return parse_config(read_yaml(path), str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete configuration as YAML, with the command that runs it again."""
+    content = config.model_dump(mode="json")
+    content["out"] = None  # a second run from this file gets a folder of its own
+    head = "# co2s-fast train --recipe config.yaml --out NEW_FOLDER\n"
+    return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+# What may differ between a run and its continuation: none of it changes what is computed.
+RESUMABLE = {"out", "data.root", "data.workers", "train.device", "train.tensorboard",
+             "train.log_every", "train.save_every", "train.debug_steps"}  # fmt: skip
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """What keeps `now` from continuing a run of `before`, as `key: old, now new`."""
+    old, new = dict(flatten(before.model_dump(mode="json"))), dict(flatten(now.model_dump(mode="json")))
+    return [
+        f"{key}: {old.get(key)!r} in the run, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in RESUMABLE and old.get(key) != new.get(key)
+    ]
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested dictionaries as ("a.b.c", value) pairs."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,102 @@
+"""What a run writes down while it goes: metrics.jsonl always, TensorBoard events beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from co2s_fast.errors import DataError
+
+
+def say(text: str) -> None:
+    """Print one line to stderr without tearing a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    records = []
+    for number, line in enumerate(lines := path.read_text().splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
+    return records
+
+
+class RunLog:
+    """Appends records to metrics.jsonl and their numbers to TensorBoard.
+
+    Args:
+        folder: the run folder.
+        resume_step: the checkpoint's step count when a run goes on: records past it belong to
+            steps that will be made again, and are dropped. None starts a new file.
+        tensorboard: whether to write event files too.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None, *, tensorboard: bool = True) -> None:
+        self.path = folder / "metrics.jsonl"
+        if resume_step is None:
+            self.path.write_text("")
+        elif self.path.is_file():
+            drop_records_after(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record, with "kind" and, except at the start, "step"."""
+        self._file.write(json.dumps(finite_or_null(record), allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None and "step" in record:
+            for name, value in scalars(record):
+                self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Rewrite the file without records of later steps, through a temporary file."""
+    kept = [record for record in read_metrics(path) if record.get("step", 0) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)
+
+
+def finite_or_null(value: Any) -> Any:
+    """The same structure with NaN and infinity as None, which JSON can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of a nested record with their paths; lists (per-class values) stay in the file."""
+    for key, value in record.items():
+        if key in {"kind", "step"} or isinstance(value, bool):
+            continue
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and math.isfinite(value):
+            yield f"{prefix}{key}", value

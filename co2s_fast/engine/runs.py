@@ -1,0 +1,115 @@
+"""Run folders: what a checkpoint of a run holds, and opening a run to use its students."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import nn
+
+from co2s_fast.data.catalogue import DatasetSpec, load_dataset, parse_dataset
+from co2s_fast.engine.checkpoint import load_weights, read_arrays, read_state
+from co2s_fast.engine.config import RunConfig, read_run_config, read_yaml
+from co2s_fast.errors import DataError
+from co2s_fast.models import Student, StudentConfig, TextConfig, build_student
+
+SPEC_FILE = "dataset.yaml"
+
+
+def checkpoint_folder(run: Path, which: str) -> Path:
+    """Where a run keeps its "last" or "best" checkpoint."""
+    return run / "checkpoints" / which
+
+
+def dump_spec(spec: DatasetSpec) -> str:
+    """The dataset's description as YAML, so that a run needs no file outside its folder."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_spec(run: Path, config: RunConfig) -> DatasetSpec:
+    """The dataset a run was trained on, from its own folder."""
+    path = run / SPEC_FILE
+    if path.is_file():
+        return parse_dataset(read_yaml(path), path)
+    return load_dataset(config.data.dataset)
+
+
+def check_classes(state: dict[str, Any], spec: DatasetSpec, folder: Path) -> None:
+    """A checkpoint must be of the same classes in the same order.
+
+    Raises:
+        DataError: it is not.
+    """
+    found = state["classes"]
+    if found != spec.class_names:
+        raise DataError(
+            f"checkpoint {folder} is for {len(found)} classes ({', '.join(found)}), dataset "
+            f"{spec.name!r} has {spec.num_classes} ({', '.join(spec.class_names)})"
+        )
+
+
+def load_run(
+    folder: Path | str,
+    which: Literal["best", "last"] = "best",
+    *,
+    device: torch.device | str = "cpu",
+) -> tuple[RunConfig, DatasetSpec, dict[str, Student]]:
+    """Open a run to evaluate it, predict with it or report on it.
+
+    No pretrained weight is fetched: every tensor comes from the checkpoint.
+
+    Args:
+        folder: the run folder.
+        which: checkpoint to take.
+        device: where to put the students.
+
+    Returns:
+        Configuration, dataset description, students by name in evaluation mode.
+
+    Raises:
+        UsageError: not a run folder. DataError: no such checkpoint, or it does not fit.
+    """
+    folder = Path(folder)
+    config = read_run_config(folder)
+    spec = read_spec(folder, config)
+    source = checkpoint_folder(folder, which)
+    state = read_state(source)
+    check_classes(state, spec, source)
+    students = {}
+    for name, student_config in config.students.items():
+        student = bare_student(student_config, spec)
+        weights = read_arrays(source, state, name)
+        load_weights(student, weights, f"checkpoint {source / state['files'][name]}")
+        student.provenance = state["provenance"][name]
+        students[name] = student.to(device).eval()
+    return config, spec, students
+
+
+def checkpoint_step(folder: Path | str, which: Literal["best", "last"] = "best") -> dict[str, Any]:
+    """"step", "epoch", "score" and "students" (scores by name) of a run's checkpoint."""
+    state = read_state(checkpoint_folder(Path(folder), which))
+    return {key: state.get(key) for key in ("step", "epoch", "score", "students")}
+
+
+def bare_student(config: StudentConfig, spec: DatasetSpec) -> Student:
+    """A student of the same shape without pretrained weights, to load a checkpoint into."""
+    changes: dict[str, Any] = {"weights": None, "text": TextConfig(source="hash")}
+    if config.backbone == "clip" and config.weights == "openai" and config.activation is None:
+        # open_clip gives OpenAI's weights their activation whatever the model's name says.
+        changes["activation"] = "quick_gelu"
+    student = build_student(config.model_copy(update=changes), spec.classes, seed=0)
+    student.config = config
+    return student
+
+
+def student_arrays(students: dict[str, nn.Module]) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each student, by name of student."""
+    return {name: dict(student.state_dict()) for name, student in students.items()}
+
+
+def all_finite(students: dict[str, nn.Module]) -> bool:
+    """Whether every trained parameter is finite; one synchronisation for all of them."""
+    trained = [p.detach() for s in students.values() for p in s.parameters() if p.requires_grad]
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(trained))).all())

@@ -1,0 +1,40 @@
+"""Schedules as pure functions of the step, so that resuming needs no scheduler state."""
+
+from __future__ import annotations
+
+import torch
+
+# The learning rate a linear warm-up starts from, as a share of the schedule's own.
+WARMUP_FLOOR = 1e-6
+
+
+def poly_factor(step: int, total_steps: int, power: float = 0.9, warmup_steps: int = 0) -> float:
+    """Factor on every group's initial learning rate in the update of step `step` (from 0).
+
+    `(1 - t/T)^power` with `t = max(step - 1, 0)`: UniMatch and Co2S set the rate *after* update t
+    for update t + 1, so updates 0 and 1 both run at the full rate. A warm-up multiplies it by
+    `floor + (1 - floor) · t / warmup_steps`; update 0 then runs at the full rate in the released
+    code, and at the floor here.
+
+    Args:
+        step: the update about to be made, 0 .. total_steps - 1.
+        total_steps: updates in the whole run, T.
+        power: exponent of the decay.
+        warmup_steps: updates of linear warm-up, 0 for none.
+    """
+    done = max(step - 1, 0)
+    factor = max(1.0 - done / total_steps, 0.0) ** power
+    if done < warmup_steps:
+        factor *= 1.0 - (1.0 - done / warmup_steps) * (1.0 - WARMUP_FLOOR)
+    return factor
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's rate to `factor` times the `initial_lr` it was built with."""
+    for group in optimizer.param_groups:
+        lr = group["initial_lr"] * factor
+        # A captured or compiled optimizer keeps its rate in a tensor, which must stay the same one.
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -1,0 +1,109 @@
+"""What a run says about itself when it starts, and the seeds it derives from its own."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from co2s_fast import ops
+from co2s_fast.data import load_label
+from co2s_fast.version import __version__
+
+if TYPE_CHECKING:
+    from co2s_fast.data import DatasetSpec, Item
+    from co2s_fast.engine.trainer import Trainer
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed that is a pure function of the given numbers and shares no stream with others."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def student_seed(seed: int, index: int) -> int:
+    """Seed of a student's initial weights: two students of one shape must not start alike."""
+    return derived_seed(seed, index, 0x57D)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's own generator at a step of one rank."""
+    return derived_seed(seed, step, rank, 0x57E)
+
+
+def describe(trainer: Trainer) -> dict[str, Any]:
+    """The record that opens metrics.jsonl."""
+    split, spec = trainer.split, trainer.spec
+    pixels = class_pixels(split.labeled, spec)
+    never = [name for name, count in pixels.items() if count == 0]
+    warnings = list(trainer.warnings)
+    if never:
+        warnings.append(
+            f"no labelled pixel of class {', '.join(never)}: it can only be learnt never to occur"
+        )
+    return {
+        "versions": {
+            "co2s-fast": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": device_name(trainer.device),
+        "world": trainer.ranks.world,
+        "backend": ops.backend(torch.empty(0, device=trainer.device)),
+        "method": trainer.config.method.name,
+        "dataset": spec.name,
+        "seed": trainer.config.seed,
+        "images": {
+            "labeled": len(split.labeled),
+            "unlabeled": len(split.unlabeled),
+            "val": len(split.val),
+        },
+        "steps": trainer.total_steps,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "students": {
+            name: {**student.provenance, "trained_parameters": student.trainable_count()}
+            for name, student in trainer.students.items()
+        },
+        "labeled_pixels": pixels,
+        "notes": list(split.notes),
+        "warnings": warnings,
+        "config": trainer.config.model_dump(mode="json"),
+    }
+
+
+def headline(trainer: Trainer, record: dict[str, Any]) -> str:
+    """The same in a few lines for people."""
+    images = record["images"]
+    lines = [
+        f"{record['method']} on {record['dataset']}: {images['labeled']} labelled, "
+        f"{images['unlabeled']} unlabelled, {images['val']} validation images; "
+        f"steps {trainer.step}-{record['steps']} on {record['device']}, losses by "
+        f"{record['backend']}; run folder {trainer.folder}",
+        *record["notes"],
+    ]
+    for name, student in record["students"].items():
+        lines.append(
+            f"student {name}: {student['model']}, weights {student['source']} "
+            f"(sha256 {student['sha256'][:12]}), {student['trained_parameters'] / 1e6:.2f} M "
+            "parameters train"
+        )
+    total = sum(record["labeled_pixels"].values()) or 1
+    shares = [f"{name} {100 * n / total:.1f} %" for name, n in record["labeled_pixels"].items()]
+    lines.append(f"labelled pixels: {', '.join(shares)}")
+    return "\n".join(lines)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu" with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def class_pixels(items: list[Item], spec: DatasetSpec) -> dict[str, int]:
+    """Labelled pixels of each class over all labelled images."""
+    counts = np.zeros(256, np.int64)
+    for item in items:
+        counts += np.bincount(load_label(item, spec).ravel(), minlength=256)
+    return dict(zip(spec.class_names, counts.tolist(), strict=False))

@@ -1,0 +1,401 @@
+"""The training loop, for any method: set up, then one step after another, then one last look."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from co2s_fast import ops
+from co2s_fast.data import Batch, build_loader, load_dataset, open_split, steps_per_epoch
+from co2s_fast.data.files import write_text
+from co2s_fast.data.validation import val_dataset
+from co2s_fast.engine import checkpoint, distributed, start
+from co2s_fast.engine.config import (
+    CONFIG_FILE,
+    RunConfig,
+    differences,
+    dump_config,
+    read_run_config,
+)
+from co2s_fast.engine.evaluation import evaluate, pseudo_label_quality
+from co2s_fast.engine.interrupt import Interrupted, StopSignal
+from co2s_fast.engine.log import RunLog, say
+from co2s_fast.engine.meter import FiniteGuard, Meter, NonFiniteLossError
+from co2s_fast.engine.runs import (
+    SPEC_FILE,
+    all_finite,
+    check_classes,
+    checkpoint_folder,
+    dump_spec,
+    student_arrays,
+)
+from co2s_fast.engine.schedule import poly_factor, set_learning_rates
+from co2s_fast.errors import DataError, UsageError
+from co2s_fast.methods import get_method
+from co2s_fast.models import build_student
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, dry_run: bool = False, progress: bool = True
+) -> Path:
+    """Train a run to its end.
+
+    Args:
+        config: the whole configuration.
+        resume: continue the run in `config.folder` from its last checkpoint; a folder without one
+            is started from the beginning.
+        dry_run: check configuration and data, build everything, train nothing, write nothing.
+        progress: draw progress bars.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UsageError, DataError: before any training where that can be known.
+        NonFiniteLossError: a loss is NaN or infinite.
+        Interrupted: SIGTERM or Ctrl-C came; the state is saved.
+    """
+    with ExitStack() as stack:
+        stack.callback(distributed.finish)
+        trainer = Trainer(config, progress=progress)
+        trainer.set_up(resume=resume, dry_run=dry_run)
+        if not dry_run:
+            stack.callback(trainer.close)
+            trainer.stop = stack.enter_context(StopSignal())
+            trainer.run()
+    return config.folder
+
+
+class Trainer:
+    """State of one run. `set_up` calls the `_setup_*` methods in the order they depend on."""
+
+    def __init__(self, config: RunConfig, *, progress: bool = True) -> None:
+        self.config = config
+        self.folder = config.folder
+        self.step = 0  # updates made so far
+        self.best: dict[str, Any] = {"score": None, "step": None}
+        self.meter = Meter()
+        self.stop = StopSignal()
+        self.log: RunLog | None = None
+        self.progress = progress
+
+    def set_up(self, *, resume: bool, dry_run: bool = False) -> None:
+        """Build everything; errors in configuration and data surface here."""
+        self._setup_device()
+        self._setup_data()
+        state = self._find_state(resume, dry_run)
+        self._setup_students()
+        self._setup_optimizer()
+        if not dry_run:
+            self._setup_folder()
+        if state is not None:
+            self._restore(state)
+        if not dry_run:
+            self._setup_log(state)
+
+    def _setup_device(self) -> None:
+        train = self.config.train
+        cuda = torch.cuda.is_available()
+        if train.device == "cuda" and not cuda:
+            raise UsageError("train.device: cuda was asked for, but torch sees no CUDA GPU")
+        kind = "cuda" if cuda and train.device != "cpu" else "cpu"
+        self.ranks = distributed.start(kind)
+        self.device = torch.device(kind, self.ranks.local_rank) if kind == "cuda" else torch.device(kind)
+        half = train.precision == "bfloat16" or (train.precision == "auto" and kind == "cuda")
+        self.autocast = torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
+        self.guard = FiniteGuard(eager=kind == "cpu" and self.ranks.world == 1)
+        torch.manual_seed(self.config.seed)
+        if kind == "cuda":
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = not train.deterministic
+        if train.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def _setup_data(self) -> None:
+        data = self.config.data
+        self.spec = load_dataset(data.dataset)
+        if self.ranks.is_main:  # the first process may generate data or write a split
+            self.split = open_split(data, self.spec)
+        distributed.wait_for_all()
+        if not self.ranks.is_main:
+            self.split = open_split(data, self.spec)
+        train = self.config.train
+        self.steps_per_epoch = steps_per_epoch(data, self.split)
+        self.total_steps = train.steps or max(round(train.epochs * self.steps_per_epoch), 1)
+        self.eval_every = train.eval_every or self.steps_per_epoch
+        self.val = val_dataset(self.split.val, self.spec, data)
+        known = [item for item in self.split.unlabeled if item.label is not None]
+        self.probe = val_dataset(known, self.spec, data) if train.probe_images else []
+
+    def _setup_students(self) -> None:
+        config, train = self.config, self.config.train
+        method_class = get_method(config.method.name)
+        students = {
+            name: build_student(student, self.spec.classes, seed=start.student_seed(config.seed, i))
+            for i, (name, student) in enumerate(config.students.items())
+        }
+        self.method = method_class(students, config.method, seed=config.seed).to(self.device)
+        self.students = dict(self.method.students.items())
+        self.warnings = self.method.check_batch(config.data.batch_size, self.ranks.world)
+        if train.channels_last:
+            self.method.to(memory_format=torch.channels_last)
+        if train.compile:
+            for student in self.students.values():
+                student.features = torch.compile(student.features)
+                student.decode = torch.compile(student.decode)
+        self.step_module = self.method
+        if self.ranks.world > 1:
+            self.step_module = DistributedDataParallel(
+                self.method,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def _setup_optimizer(self) -> None:
+        train = self.config.train
+        groups = []
+        for name, student in self.students.items():
+            for group in student.parameter_groups(
+                train.lr, train.weight_decay, train.backbone_multiplier, train.decoder_multiplier
+            ):
+                label = f"{name}/{group.pop('name')}"
+                groups.append({**group, "name": label, "initial_lr": group["lr"]})
+        self.optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps, fused=True)
+
+    def _find_state(self, resume: bool, dry_run: bool) -> dict[str, Any] | None:
+        """The checkpoint to go on from; an error where the folder holds something else."""
+        last = checkpoint_folder(self.folder, "last")
+        if not resume:
+            if (self.folder / CONFIG_FILE).exists() and not dry_run:
+                raise UsageError(
+                    f"{self.folder} already holds a run; give --resume to continue it, or another --out"
+                )
+            return None
+        if not (last / checkpoint.STATE_FILE).is_file():
+            return None
+        state = checkpoint.read_state(last)
+        check_classes(state, self.spec, last)
+        changed = differences(read_run_config(self.folder), self.config)
+        if changed:
+            raise UsageError(f"--resume: cannot continue {self.folder}: {'; '.join(changed)}")
+        return state
+
+    def _setup_folder(self) -> None:
+        distributed.wait_for_all()  # every rank has looked for a former run by now
+        if not self.ranks.is_main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / CONFIG_FILE, dump_config(self.config))
+            write_text(self.folder / SPEC_FILE, dump_spec(self.spec))
+        except OSError as error:
+            raise UsageError(f"run folder {self.folder}: {error.strerror or error}") from None
+
+    def _setup_log(self, state: dict[str, Any] | None) -> None:
+        if not self.ranks.is_main:
+            return
+        resumed = None if state is None else self.step
+        self.log = RunLog(self.folder, resumed, tensorboard=self.config.train.tensorboard)
+        record = start.describe(self)
+        for warning in record["warnings"]:
+            say(f"warning: {warning}")
+        say(start.headline(self, record))
+        if state is None:
+            self.log.write({"kind": "start", **record})
+        else:
+            self.log.write({"kind": "resume", "step": self.step, "device": record["device"]})
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        folder = checkpoint_folder(self.folder, "last")
+        for name, student in self.students.items():
+            weights = checkpoint.read_arrays(folder, state, name)
+            checkpoint.load_weights(student, weights, f"checkpoint {folder}")
+            student.provenance = state["provenance"][name]
+        tensors = checkpoint.read_arrays(folder, state, "optimizer")
+        checkpoint.unpack_optimizer(self.optimizer, tensors, state["optimizer"])
+        checkpoint.unpack_rng(checkpoint.read_arrays(folder, state, "rng"), state["rng"])
+        self.step, self.best = state["step"], state["best"]
+        # The saved sums are over all ranks: one of them takes them up again.
+        sums = state["window"]["sums"] if self.ranks.is_main else {}
+        self.meter.restore(state["window"]["steps"], sums)
+
+    def run(self) -> None:
+        """Make every step that is left."""
+        self.method.train()
+        batches = self._batches()
+        bar = tqdm(
+            total=self.total_steps, initial=self.step, desc="train", unit="step", smoothing=0.05,
+            disable=not (self.progress and self.ranks.is_main), dynamic_ncols=True,
+        )  # fmt: skip
+        self.window_start, self.waited_s = time.perf_counter(), 0.0
+        debug = ops.debug_checks(self.config.train.debug_steps > 0)
+        with bar, debug:
+            while self.step < self.total_steps:
+                waiting = time.perf_counter()
+                batch = next(batches, None)
+                self.waited_s += time.perf_counter() - waiting
+                if batch is not None:
+                    self._make_step(batch)
+                    bar.update()
+                self._after_step(bar)
+                if distributed.any_rank(batch is None or self.stop.received is not None):
+                    self._save_and_stop()
+
+    def _batches(self) -> Iterator[Batch]:
+        """This rank's batches on the device; ends early where a signal also ended the loader."""
+        loader = build_loader(
+            self.config.data, self.spec, self.split, views=self.method.views,
+            seed=self.config.seed, start_step=self.step, total_steps=self.total_steps,
+            rank=self.ranks.rank, world=self.ranks.world,
+        )  # fmt: skip
+        try:
+            for batch in loader:
+                yield batch.to(self.device, non_blocking=True)
+        except RuntimeError:
+            # Workers of a job that was told to stop die of the same signal.
+            if self.stop.received is None:
+                raise
+
+    def _make_step(self, batch: Batch) -> None:
+        if self.step == self.config.train.debug_steps:
+            ops.debug_checks(False)
+        # Whatever still draws from torch's own generator is then a function of the step, too.
+        torch.manual_seed(start.step_seed(self.config.seed, self.step, self.ranks.rank))
+        set_learning_rates(self.optimizer, self._lr_factor(self.step))
+        with self.autocast:
+            outputs = self.step_module(batch, self.step, self.total_steps)
+        self.guard.watch(self.step, outputs, [*batch.labeled_files, *batch.unlabeled_files])
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs["loss"].backward()
+        self.optimizer.step()
+        outputs.pop("loss")  # it is scaled for the ranks; the students' totals are not
+        self.meter.add(outputs)
+        self.step += 1
+
+    def _lr_factor(self, step: int) -> float:
+        train = self.config.train
+        return poly_factor(step, self.total_steps, train.power, train.warmup_steps)
+
+    def _after_step(self, bar: tqdm) -> None:
+        """Log, evaluate and save where it is time for them."""
+        last = self.step == self.total_steps
+        if self.step % self.config.train.log_every == 0 or last:
+            self._log_step(bar)
+        evaluated = self.step % self.eval_every == 0 or last
+        if evaluated:
+            self._evaluate(bar)
+        every = self.config.train.save_every
+        if evaluated or (every is not None and self.step % every == 0):
+            self._save_last()
+
+    def _log_step(self, bar: tqdm) -> None:
+        if self.meter.steps == 0:
+            return
+        self.guard.check()
+        sums, steps = self.meter.fetch(), self.meter.steps
+        self.meter.reset()
+        seconds = time.perf_counter() - self.window_start
+        images = len({"x", "w"} & self.method.views) * self.config.data.batch_size
+        record: dict[str, Any] = {"kind": "train", "step": self.step, "epoch": self._epoch()}
+        counted = {key for pair in self.method.ratios().values() for key in pair}
+        record |= {f"loss/{k}": v / steps for k, v in sums.items() if k not in counted}
+        for name, (part, whole) in self.method.ratios().items():
+            record[name] = sums[part] / sums[whole] if sums.get(whole) else None
+        factor = self._lr_factor(self.step - 1)
+        record |= {f"lr/{g['name']}": g["initial_lr"] * factor for g in self.optimizer.param_groups}
+        record["images_per_s"] = images * steps / seconds
+        record["data_wait_s"] = self.waited_s
+        if self.log is not None:
+            self.log.write(record)
+        total = sum(value for key, value in sums.items() if key.endswith("/total")) / steps
+        self._show(bar, loss=f"{total:.3f}", img_s=f"{record['images_per_s']:.1f}")
+        self.window_start, self.waited_s = time.perf_counter(), 0.0
+
+    def _evaluate(self, bar: tqdm) -> None:
+        began = time.perf_counter()
+        config = self.config.eval.model_copy(update={"student": "all"})
+        place = {"rank": self.ranks.rank, "world": self.ranks.world}
+        scores = evaluate(
+            self.students, self.val, self.spec, config, self.device, progress=False, **place
+        )
+        pseudo = {}
+        if len(self.probe):
+            threshold = getattr(self.config.method, "threshold", 0.95)
+            pseudo = pseudo_label_quality(
+                self.students, self.probe, self.spec, config, self.device, threshold=threshold,
+                limit=self.config.train.probe_images, progress=False, **place,
+            )  # fmt: skip
+        self.method.train()
+        self.window_start += time.perf_counter() - began  # images/s is of training alone
+        mious = {name: metrics.miou for name, metrics in scores.items()}
+        self._show(bar, mIoU="/".join(f"{100 * (v or 0):.1f}" for v in mious.values()))
+        score = sum(value or 0.0 for value in mious.values()) / len(mious)
+        if self.log is not None:
+            students = {n: m.to_dict(confusion=False) for n, m in scores.items()}
+            self.log.write({"kind": "eval", "step": self.step, "epoch": self._epoch(),
+                            "score": score, "students": students, "pseudo": pseudo,
+                            "seconds": time.perf_counter() - began})  # fmt: skip
+        if self.best["score"] is None or score > self.best["score"]:
+            self.best = {"score": score, "step": self.step}
+            state = {"score": score, "students": mious}
+            self._write("best", student_arrays(self.students), state)
+
+    def _save_last(self) -> None:
+        tensors, structure = checkpoint.pack_optimizer(self.optimizer)
+        random_tensors, random_rest = checkpoint.pack_rng()
+        arrays = {**student_arrays(self.students), "optimizer": tensors, "rng": random_tensors}
+        window = {"steps": self.meter.steps, "sums": self.meter.fetch()}
+        self._write("last", arrays, {"optimizer": structure, "rng": random_rest,
+                                     "best": self.best, "window": window})  # fmt: skip
+
+    def _write(self, which: str, arrays: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
+        """Write a checkpoint, once it is known that nothing in it is NaN."""
+        self.guard.check()
+        if not all_finite(self.students):
+            raise NonFiniteLossError(
+                f"a weight is not finite after step {self.step}, though every loss was; the run "
+                "stopped, its checkpoints are from before"
+            )
+        problem = None
+        if self.ranks.is_main:
+            common = {"step": self.step, "epoch": self._epoch(), "total_steps": self.total_steps,
+                      "dataset": self.spec.name, "classes": self.spec.class_names,
+                      "config": self.config.model_dump(mode="json"),
+                      "provenance": {n: s.provenance for n, s in self.students.items()}}  # fmt: skip
+            try:
+                folder = checkpoint_folder(self.folder, which)
+                checkpoint.save_checkpoint(folder, f"step-{self.step:06d}", arrays, common | state)
+            except DataError as error:
+                problem = str(error)
+        problem = distributed.gather_objects(problem)[0]
+        if problem is not None:
+            raise DataError(problem)
+
+    def _save_and_stop(self) -> None:
+        """Save what there is and leave."""
+        self._save_last()
+        number = self.stop.received or 15  # another rank's signal is the launcher's SIGTERM
+        if self.ranks.is_main:
+            say(f"stopped by signal {number} after step {self.step}; --resume continues from there")
+        raise Interrupted(128 + number)
+
+    def _epoch(self) -> float:
+        return self.step / self.steps_per_epoch
+
+    def _show(self, bar: tqdm, **values: str) -> None:
+        """Add to what the progress bar shows beside the count."""
+        self.shown = {**getattr(self, "shown", {}), **values}
+        bar.set_postfix(self.shown, refresh=False)
+
+    def close(self) -> None:
+        """Close the log."""
+        if self.log is not None:
+            self.log.close()

@@ -1,0 +1,116 @@
+"""What every method has: students, a configuration, the views it asks for, one `forward`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from co2s_fast.losses import masked_cross_entropy_terms
+from co2s_fast.methods.reduce import LossTerms, rank_and_world
+
+if TYPE_CHECKING:
+    from co2s_fast.data import Batch
+    from co2s_fast.models import Student
+
+
+class MethodConfig(BaseModel):
+    """Options every method has. A method's own class narrows `name` to its name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    supervised_weight: float = Field(default=0.5, ge=0)
+
+
+class Method(nn.Module, ABC):
+    """Students and the losses they are trained with.
+
+    Args:
+        students: name -> student, e.g. "clip" and "ssm".
+        config: the method's own configuration.
+        seed: fixes what the method draws itself; every draw is a function of (seed, step).
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]]
+    views: ClassVar[frozenset[str]]
+    """Which of "x", "w", "s1", "s2" the input pipeline has to make."""
+
+    def __init__(
+        self, students: Mapping[str, Student], config: MethodConfig, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.students = nn.ModuleDict(dict(students))
+        self.config = config
+        self.seed = seed
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
+        """Losses of one step, all scalars on the device, none of them fetched.
+
+        Returns:
+            "loss", to be backpropagated; "<student>/<term>" and "<student>/total", detached, this
+            rank's share of the global value; counts named in `ratios`.
+        """
+
+    def losses(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
+        """Same as calling the method."""
+        return self(batch, step, total_steps)
+
+    def ratios(self) -> dict[str, tuple[str, str]]:
+        """Logged ratios of counts: name -> (key of the numerator, key of the denominator)."""
+        return {}
+
+    def check_batch(self, batch_size: int, world: int) -> list[str]:
+        """Look at the global batch before the run.
+
+        Returns:
+            Warnings to print.
+
+        Raises:
+            UsageError: the method cannot run with this batch.
+        """
+        return []
+
+    def add_supervised(self, terms: LossTerms, name: str, logits: Tensor, target: Tensor) -> None:
+        """L_sup, the mean cross entropy over the labelled pixels, into `terms`."""
+        total, valid, _ = masked_cross_entropy_terms(logits, target)
+        terms.add(f"{name}/x", self.config.supervised_weight, total, valid)
+
+
+def step_generator(*parts: int) -> torch.Generator:
+    """A CPU generator whose stream is a pure function of the given numbers."""
+    seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+    # torch takes seeds as signed 64-bit numbers.
+    return torch.Generator().manual_seed(int(seed) >> 1)
+
+
+def channel_keep_masks(
+    features: tuple[Tensor, ...], rate: float, generator: torch.Generator
+) -> list[Tensor]:
+    """Which channels of each image survive, drawn for the global batch, this rank's share of it.
+
+    Drawn on the CPU, so that the masks do not depend on the device or on the number of processes.
+
+    Args:
+        features: this rank's feature maps, [B, C_l, h_l, w_l] each.
+        rate: probability of dropping a channel, in [0, 1).
+        generator: a CPU generator in the same state on every rank.
+
+    Returns:
+        One bool [B, C_l] tensor for each map, on the maps' device.
+    """
+    rank, world = rank_and_world()
+    masks = []
+    for level in features:
+        local, channels = level.shape[:2]
+        keep = torch.rand(local * world, channels, generator=generator) >= rate
+        share = keep[rank * local : (rank + 1) * local]
+        masks.append(share.to(level.device, non_blocking=True))
+    return masks
