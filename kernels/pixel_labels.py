@@ -1,0 +1,74 @@
+"""Device functions that read what a pixel should be: label, ignore mask, confidence, box."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pixel_math import map_offset
+
+
+@triton.jit
+def load_box(boxes_ptr, partner_ptr, image, HAS_BOXES: tl.constexpr):
+    """Box (x1, y1, x2, y2) and partner of one image: boxes int32 [B,4], partner int64 [B]."""
+    if HAS_BOXES:
+        x1 = tl.load(boxes_ptr + image * 4)
+        y1 = tl.load(boxes_ptr + image * 4 + 1)
+        x2 = tl.load(boxes_ptr + image * 4 + 2)
+        y2 = tl.load(boxes_ptr + image * 4 + 3)
+        return x1, y1, x2, y2, tl.load(partner_ptr + image).to(tl.int64)
+    else:
+        return 0, 0, 0, 0, image
+
+
+@triton.jit
+def source_image(image, batch, y, x, box, in_tile, HAS_BOXES: tl.constexpr):
+    """The image that pixels (y, x) of `image` read their labels from, and whether it exists."""
+    if HAS_BOXES:
+        x1, y1, x2, y2, partner = box
+        inside = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
+        source = tl.where(inside, partner, image)
+        return source, in_tile & (source >= 0) & (source < batch)
+    else:
+        return image, in_tile
+
+
+@triton.jit
+def read_map(maps, source, p, y, x, mask, FLAT: tl.constexpr):
+    """Values [P] of a map (pointer and three strides) at pixels of images `source`, 0 elsewhere."""
+    map_ptr, b_stride, y_stride, x_stride = maps
+    offset = source * b_stride + map_offset(p, y, x, y_stride, x_stride, FLAT)
+    return tl.load(map_ptr + offset, mask=mask, other=0)
+
+
+@triton.jit
+def read_pixels(
+    target, ignore, ignore_index, confidence, threshold, image, batch, p, y, x, box, in_tile,
+    K: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_CONFIDENCE: tl.constexpr,
+    HAS_BOXES: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """Class int32 [P], valid and taken (valid and confident) of pixels; stays inside the tensors.
+
+    A class outside [0, K) or a partner outside the batch makes a pixel not valid. `target`,
+    `ignore` and `confidence` are maps: (pointer, b_stride, y_stride, x_stride).
+    """
+    source, known = source_image(image, batch, y, x, box, in_tile, HAS_BOXES)
+    label = read_map(target, source, p, y, x, known, FLAT).to(tl.int64)
+    valid = known & (label != ignore_index) & (label >= 0) & (label < K)
+    if HAS_IGNORE:
+        padding = read_map(ignore, source, p, y, x, known, FLAT).to(tl.int64)
+        valid = valid & (padding != ignore_index)
+    taken = valid
+    if HAS_CONFIDENCE:
+        sure = read_map(confidence, source, p, y, x, known, FLAT).to(tl.float32)
+        taken = valid & (sure >= threshold)
+    return tl.where(valid, label, 0).to(tl.int32), valid, taken
+
+
+@triton.jit
+def pixel_scale(upstream, weight_ptr, image, y, x, label, taken, HAS_WEIGHT: tl.constexpr):
+    """Upstream gradient times class weight [P]; a scalar upstream gradient has strides 0."""
+    scale = read_map(upstream, image, y, y, x, taken, False).to(tl.float32)
+    if HAS_WEIGHT:
+        scale = scale * tl.load(weight_ptr + label, mask=taken, other=0.0).to(tl.float32)
+    return scale
