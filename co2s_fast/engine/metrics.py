@@ -126,9 +126,13 @@ class Metrics:
             return None
         return (float(np.trace(self.confusion)) / self.pixels - by_chance) / (1.0 - by_chance)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, None where a number does not exist; JSON takes it as it is."""
-        return {
+    def to_dict(self, confusion: bool = True) -> dict[str, Any]:
+        """Plain numbers and lists, None where a number does not exist; JSON takes it as it is.
+
+        Args:
+            confusion: also the matrix itself, without which `from_dict` cannot work.
+        """
+        values = {
             "miou": self.miou,
             "mean_f1": self.mean_f1,
             "mean_accuracy": self.mean_accuracy,
@@ -141,8 +145,10 @@ class Metrics:
             "classes": list(self.class_names),
             "absent": self.absent,
             "pixels": self.pixels,
-            "confusion": self.confusion.tolist(),
         }
+        if confusion:
+            values["confusion"] = self.confusion.tolist()
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Metrics:
