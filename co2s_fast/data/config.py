@@ -25,6 +25,7 @@ class DataConfig(BaseModel):
         workers: loader processes a rank; 0 loads in the training process. The batches are the same.
         loader: input pipeline.
         truth: read the labels of unlabelled images where there are any, to measure pseudo-labels.
+        missing_classes: what to do about a class that no labelled image shows.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -42,6 +43,7 @@ class DataConfig(BaseModel):
     workers: int = Field(default=2, ge=0)
     loader: Literal["torch", "dali"] = "torch"
     truth: bool = True
+    missing_classes: Literal["error", "warn"] = "error"
 
     @field_validator("ratio")
     @classmethod

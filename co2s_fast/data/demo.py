@@ -98,7 +98,8 @@ def _textures(scene: _Scene, parcel: NDArray[np.intp], count: int) -> tuple[NDAr
     strength = rng.uniform(0.05, 0.16, count)
     y, x = np.mgrid[:side, :side].astype(np.float32)
     phase = (np.cos(angle)[parcel] * x + np.sin(angle)[parcel] * y) * frequency[parcel]
-    rows = strength[parcel] * np.sin(phase + 0.6 * _noise(rng, side, 8)) + 0.03 * _noise(rng, side, 9)
+    rows = strength[parcel] * np.sin(phase + 0.6 * _noise(rng, side, 8))
+    rows += 0.03 * _noise(rng, side, 9)
     fine = rng.standard_normal((side, side), np.float32)
     speckle = 0.05 * fine + 0.06 * _noise(rng, side, 1.2) + 0.05 * _noise(rng, side, 12)
     crowns = 0.17 * _noise(rng, side, float(rng.uniform(1.6, 2.6))) + 0.05 * fine
@@ -136,7 +137,7 @@ def _roads(scene: _Scene) -> None:
 
 
 def _houses(scene: _Scene, blocks: NDArray[np.intp]) -> None:
-    """Rectangular roofs in rows, one direction a block; pitched ones have a bright and a dark side."""
+    """Rectangular roofs in rows, one direction a block; pitched ones are darker on one side."""
     sun = scene.rng.uniform(0, 2 * np.pi)
     for number, where in enumerate(ndimage.find_objects(blocks + 1), 0):
         if where is not None:
@@ -192,7 +193,8 @@ def _atmosphere(scene: _Scene) -> NDArray[np.float32]:
     shift = (int(rng.integers(25, 60)), int(rng.integers(-40, 40)))
     light = light * (1 - 0.55 * np.roll(cloud, shift, (0, 1)))
     image = scene.image * light[..., None]
-    image = image * rng.uniform(0.93, 1.08, 3) * rng.uniform(0.85, 1.2) + rng.uniform(-0.03, 0.05, 3)
+    image = image * rng.uniform(0.93, 1.08, 3) * rng.uniform(0.85, 1.2)
+    image = image + rng.uniform(-0.03, 0.05, 3)
     image = image + cloud[..., None] * (0.92 - image)
     image = np.clip(image, 0, 1) ** rng.uniform(0.8, 1.3)
     haze = rng.uniform(0, 0.18)
@@ -204,7 +206,7 @@ def _atmosphere(scene: _Scene) -> NDArray[np.float32]:
 
 
 def demo_scene(seed: int, number: int, side: int = SIDE) -> tuple[NDArray, NDArray]:
-    """One scene: image uint8 [side, side, 3] and label uint8 [side, side], 255 under thick cloud."""
+    """One scene: image uint8 [side, side, 3], label uint8 [side, side], 255 under thick cloud."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, number))))
     scene = _Scene(rng, np.zeros((side, side, 3), np.float32), np.zeros((side, side), np.uint8),
                    np.zeros((side, side), np.float32))

@@ -214,7 +214,7 @@ def save_image(path: Path, image: NDArray[np.uint8]) -> None:
 
 
 def save_label(path: Path, label: NDArray[np.uint8], palette: Sequence[Sequence[int]]) -> None:
-    """Write class ids as an indexed PNG with the dataset's colours (ignore is black), atomically."""
+    """Write class ids as an indexed PNG with the dataset's colours, ignore black, atomically."""
     image = Image.fromarray(label)
     # All 256 entries: with fewer, Pillow packs pixels in 4 bits or less and 255 would be cut off.
     entries = [tuple(color) for color in palette] + [(0, 0, 0)] * (256 - len(palette))

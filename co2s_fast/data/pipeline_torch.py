@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -144,7 +145,7 @@ def _same_size(item: Item, size: tuple[int, int], label: NDArray) -> None:
                         f"{item.image} has {size[0]} x {size[1]}")
 
 
-def _channels_first(image) -> NDArray[np.uint8]:
+def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image).transpose(2, 0, 1)
 
 

@@ -44,13 +44,18 @@ def open_split(config: DataConfig, spec: DatasetSpec) -> Split:
     notes: list[str] = []
     folder = config.split or root / SPLITS / split_name(config)
     if config.split is None and not (folder / "labeled.txt").is_file():
-        from co2s_fast.data.create_split import create_split
+        from co2s_fast.data.split_maker import create_split
 
         notes += create_split(root, spec, ratio=config.ratio, labels=config.labels,
                               seed=config.split_seed).notes
     split = read_split(root, folder, spec)
     split.notes = [*notes, *split.notes]
     _check_sizes(split, config, folder)
+    from co2s_fast.data.check import check_split
+
+    report = check_split(split, spec, config)
+    report.raise_problems()
+    split.notes += [f"warning: {text}" for text in report.warnings]
     return split
 
 

@@ -54,7 +54,7 @@ class ValDataset(Dataset):
 
 
 def val_size(height: int, width: int, scale: object) -> tuple[int, int]:
-    """Size at which an image is evaluated: its own, or with its short side brought to the reference.
+    """Size at which an image is evaluated: its own, or its short side brought to the reference.
 
     For a reference (long, short) the short side becomes min(long, short), as mmseg's `min_size`.
     """

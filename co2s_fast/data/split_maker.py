@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,9 +14,9 @@ from co2s_fast.data.catalogue import DatasetSpec, load_dataset
 from co2s_fast.data.config import DataConfig, parse_ratio
 from co2s_fast.data.files import DESCRIPTION, Item, load_label, write_text
 from co2s_fast.data.splits import SPLITS, find_root, read_list, split_name, summary
+from co2s_fast.data.tiles import group_from_name, list_images, read_groups
 from co2s_fast.errors import DataError, UsageError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _COVERED = 0.01  # share of an image that a class must fill for the image to count as covering it
 _VAL_SEED = 0
 
@@ -36,7 +34,7 @@ class CreatedSplit:
 
 def create_split(root: Path, spec: DatasetSpec, *, ratio: str | None = None,
                  labels: int | None = None, seed: int = 0, progress: bool = True) -> CreatedSplit:
-    """Write `splits/<name>/labeled.txt` and `unlabeled.txt`, and `splits/val.txt` if it is not there.
+    """Write `splits/<name>/labeled.txt`, `unlabeled.txt`, and `splits/val.txt` where it is missing.
 
     Validation takes whole groups by the dataset's rule, whatever the seed, so all splits of a
     dataset validate on the same images. Labelled images are the first of one order that depends on
@@ -54,10 +52,12 @@ def create_split(root: Path, spec: DatasetSpec, *, ratio: str | None = None,
     train, val, notes = _train_and_val(root, spec)
     wanted = labels if labels is not None else int(len(train) * parse_ratio(ratio or ""))
     candidates = [item for item in train if item.label is not None]
+    shares = _class_shares(candidates, spec, progress)
+    useful = np.flatnonzero(shares.sum(1))  # an image that is ignored all over teaches nothing
+    candidates, shares = [candidates[i] for i in useful], shares[useful]
     if not max(wanted, 1) <= len(candidates):
         raise DataError(f"{root}: {wanted} labelled images wanted, {len(candidates)} of "
                         f"{len(train)} training images have a label")
-    shares = _class_shares(candidates, spec, progress)
     order = labeled_order(shares, seed)[: max(wanted, 1)]
     notes += _missing_classes(shares[order], spec)
     chosen = {candidates[i].image for i in order}
@@ -70,39 +70,30 @@ def create_split(root: Path, spec: DatasetSpec, *, ratio: str | None = None,
     return created
 
 
-def list_images(root: Path) -> list[Item]:
-    """All images of a prepared folder by name, with their labels where there are any."""
-    labels = {p.stem: p for p in sorted((root / "labels").glob("*")) if p.suffix in _SUFFIXES}
-    images = [p for p in sorted((root / "images").glob("*")) if p.suffix.lower() in _SUFFIXES]
-    raw = not (root / DESCRIPTION).is_file()
-    return [Item(p.stem, p, labels.get(p.stem), raw) for p in images]
-
-
-def group_of(name: str) -> str:
-    """The group that a tile belongs to: its name without the `_<y>_<x>` that cutting appended."""
-    return re.sub(r"_\d+_\d+$", "", name)
-
-
 def _train_and_val(root: Path, spec: DatasetSpec) -> tuple[list[Item], list[Item], list[str]]:
     items = list_images(root)
     if not items:
         raise DataError(f"{root / 'images'}: no images")
     problems: list[str] = []
-    val_list, notes = root / SPLITS / "val.txt", []
+    val_list, notes, known = root / SPLITS / "val.txt", [], read_groups(root)
+    groups = {i.image.name: known.get(i.image.name) or group_from_name(i.name) for i in items}
     if val_list.is_file():
-        held = {i.image.name for i in read_list(val_list, root, problems, need_label=True)}
+        listed = {i.image.name for i in read_list(val_list, root, problems, need_label=True)}
         if problems:
             raise DataError(summary(problems))
+        # Groups guessed from names do not overrule a list that came from elsewhere.
+        held = {known[name] for name in listed if name in known}
     else:
-        held = _choose_val(items, _prepared_rule(root, spec), root)
-        notes.append(f"held {len(held)} images out for validation ({val_list})")
-    val = [item for item in items if item.image.name in held]
-    if not val_list.is_file():
-        _write_list(val_list, val, root)
-    train = [item for item in items if item.image.name not in held]
+        held = _choose_val(items, groups, _prepared_rule(root, spec), root)
+        listed = {i.image.name for i in items
+                  if i.label is not None and groups[i.image.name] in held}
+        notes.append(f"held {len(listed)} images out for validation ({val_list})")
+        _write_list(val_list, [i for i in items if i.image.name in listed], root)
+    train = [i for i in items if i.image.name not in listed and groups[i.image.name] not in held]
     if not train:
-        raise DataError(f"{root}: all {len(items)} images are for validation, none to train on")
-    return train, val, notes
+        raise DataError(f"{root}: all {len(items)} images are in groups held out for validation "
+                        f"({val_list}), none are left to train on")
+    return train, [i for i in items if i.image.name in listed], notes
 
 
 def _prepared_rule(root: Path, spec: DatasetSpec) -> float | list[str]:
@@ -111,24 +102,21 @@ def _prepared_rule(root: Path, spec: DatasetSpec) -> float | list[str]:
     return (load_dataset(description) if description.is_file() else spec).val
 
 
-def _choose_val(items: Sequence[Item], rule: float | list[str], root: Path) -> set[str]:
-    groups: dict[str, list[Item]] = defaultdict(list)
-    for item in items:
-        if item.label is not None:
-            groups[group_of(item.name)].append(item)
+def _choose_val(items: Sequence[Item], groups: dict[str, str], rule: float | list[str],
+                root: Path) -> set[str]:
+    """Names of the groups held out: whole groups that have a label."""
+    names = list(dict.fromkeys(groups[i.image.name] for i in items if i.label is not None))
     if isinstance(rule, list):
-        taken = [g for g in groups if any(fnmatchcase(g, pattern) for pattern in rule)]
+        taken = [g for g in names if any(fnmatchcase(g, pattern) for pattern in rule)]
         if not taken:
             raise DataError(f"{root}: no labelled group matches the validation patterns "
-                            f"{', '.join(rule)}; groups are {', '.join(list(groups)[:4])}, ...")
-    else:
-        names = list(groups)
-        if len(names) < 2:
-            raise DataError(f"{root}: {len(names)} groups of labelled images, validation by whole "
-                            "groups needs at least 2")
-        order = np.random.default_rng(_VAL_SEED).permutation(len(names))
-        taken = [names[i] for i in order[: max(round(len(names) * rule), 1)]]
-    return {item.image.name for group in taken for item in groups[group]}
+                            f"{', '.join(rule)}; groups are {', '.join(names[:4])}, ...")
+        return set(taken)
+    if len(names) < 2:
+        raise DataError(f"{root}: {len(names)} groups of labelled images, validation by whole "
+                        "groups needs at least 2")
+    order = np.random.default_rng(_VAL_SEED).permutation(len(names))
+    return {names[i] for i in order[: max(round(len(names) * rule), 1)]}
 
 
 def _class_shares(items: Sequence[Item], spec: DatasetSpec, progress: bool) -> np.ndarray:
