@@ -16,8 +16,24 @@ from torch import nn
 from tqdm import tqdm
 
 from co2s_fast.data.catalogue import IGNORE
-from co2s_fast.engine.inference import EvalConfig, evaluating, fuse, wanted_predictions
-from co2s_fast.engine.scenes import PICTURES, RASTERS, Scene, is_raster, open_scene, size_of
+from co2s_fast.data.config import DataConfig
+from co2s_fast.data.validation import val_size
+from co2s_fast.engine.inference import (
+    EvalConfig,
+    evaluating,
+    fuse,
+    image_logits,
+    wanted_predictions,
+)
+from co2s_fast.engine.scenes import (
+    PICTURES,
+    RASTERS,
+    Picture,
+    Scene,
+    is_raster,
+    open_scene,
+    size_of,
+)
 from co2s_fast.engine.sliding_window import Blend, Window, stream
 from co2s_fast.errors import DataError, UsageError
 
@@ -32,6 +48,7 @@ def predict(
     student: str = "both",
     *,
     config: EvalConfig | None = None,
+    data: DataConfig | None = None,
     device: torch.device | str = "cpu",
     overlay: bool = False,
     confidence: bool = False,
@@ -53,6 +70,9 @@ def predict(
         spec: the dataset: `num_classes`, `palette`, `crop`.
         student: a student's name, or "both" for the mean of probabilities.
         config: windows and precision, see `EvalConfig`.
+        data: the run's data configuration. PNG and JPEG are resized as its validation images are
+            (a reference size in `scale`), and their maps brought back to their size; a GeoTIFF
+            always goes through at its own resolution.
         device: where the students are.
         overlay: also write `a.overlay.png`, the map's colours over the image.
         confidence: also write `a.confidence.png`, the largest probability times 255.
@@ -101,9 +121,13 @@ def predict(
                     )
                     if asked
                 }
-                for top, labels, certainty in scene_maps(
-                    running, scene, config, spec, device, blend
-                ):
+                scale = (data and data.scale) or getattr(spec, "scale", "native")
+                size = val_size(scene.height, scene.width, scale)
+                if is_raster(source) or size == (scene.height, scene.width):
+                    maps = scene_maps(running, scene, config, spec, device, blend)
+                else:
+                    maps = rescaled_maps(running, scene, size, config, spec, device)
+                for top, labels, certainty in maps:
                     write(top, labels[None])
                     if confidence:
                         extra["confidence"](top, certainty[None])
@@ -151,13 +175,33 @@ def scene_maps(
     ]
     for parts in zip(*bands, strict=True):
         top = parts[0][0]
-        certainty, labels = fuse([logits for _, logits in parts])[0].max(0)
-        classes = labels.to(torch.uint8).cpu().numpy()
-        shares = (certainty * 255).round().to(torch.uint8).cpu().numpy()
+        classes, shares = _to_bytes(fuse(logits for _, logits in parts))
         valid = scene.valid(Window(top, 0, len(classes), scene.width))
         if valid is not None:
             classes[~valid], shares[~valid] = IGNORE, 0
         yield top, classes, shares
+
+
+def rescaled_maps(
+    students: Mapping[str, nn.Module],
+    picture: Picture,
+    size: tuple[int, int],
+    config: EvalConfig,
+    spec: Any,
+    device: torch.device,
+) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
+    """`scene_maps` of a picture that goes through the students at another size, as one band."""
+    crop = config.crop or getattr(spec, "crop", None)
+    pixels = torch.from_numpy(np.ascontiguousarray(picture.resized(*size)))[None].to(device)
+    logits = [image_logits(student, pixels, config, crop) for student in students.values()]
+    yield 0, *_to_bytes(fuse(each.at(picture.height, picture.width) for each in logits))
+
+
+def _to_bytes(probabilities: torch.Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Classes and confidences times 255 of probabilities [1,K,H,W]."""
+    certainty, labels = probabilities[0].max(0)
+    shares = (certainty * 255).round()
+    return labels.to(torch.uint8).cpu().numpy(), shares.to(torch.uint8).cpu().numpy()
 
 
 def find_images(images: Iterable[str | Path]) -> list[Path]:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from co2s_fast.data.catalogue import IGNORE
-from co2s_fast.data.files import load_image, open_image, replacing
+from co2s_fast.data.files import load_rgb, open_image, replacing
+from co2s_fast.data.validation import resize_plain
 from co2s_fast.engine.panels import indexed
 from co2s_fast.engine.sliding_window import Window
 from co2s_fast.errors import DataError
@@ -81,8 +82,13 @@ class Picture:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._pixels = load_image(path).transpose(2, 0, 1)
+        self._image = load_rgb(path)
+        self._pixels = np.asarray(self._image).transpose(2, 0, 1)
         self.height, self.width = self._pixels.shape[1:]
+
+    def resized(self, height: int, width: int) -> NDArray[np.uint8]:
+        """The whole picture [3, height, width], resized as validation images are."""
+        return np.asarray(resize_plain(self._image, (height, width))).transpose(2, 0, 1)
 
     def read(self, window: Window) -> NDArray[np.uint8]:
         """See `Scene`."""

@@ -12,6 +12,7 @@ from rasterio.transform import from_origin
 from torch import nn
 from torch.nn import functional as F
 
+from co2s_fast.data.config import DataConfig
 from co2s_fast.engine.inference import EvalConfig
 from co2s_fast.engine.prediction import find_images, predict
 from co2s_fast.errors import DataError, UsageError
@@ -145,6 +146,28 @@ def test_whole_equals_windows_for_a_network_without_context(tmp_path):
     (tiled,) = run([tmp_path / "a.png"], tmp_path / "tiled")
     (whole,) = run([tmp_path / "a.png"], tmp_path / "whole", config=EvalConfig(mode="whole"))
     np.testing.assert_array_equal(np.asarray(Image.open(tiled)), np.asarray(Image.open(whole)))
+
+
+def test_pictures_go_through_at_the_size_of_validation_images(tmp_path):
+    seen = []
+
+    class Watching(Brightest):
+        def forward(self, images):
+            seen.append((len(images), *images.shape[-2:]))
+            return super().forward(images)
+
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:, :12, 0], pixels[:, 12:, 1] = 200, 200
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    spec = SimpleNamespace(**vars(SPEC), scale=(128, 32))
+    students = {"clip": Watching(9, 9, 9)}
+    (path,) = predict(students, [tmp_path / "a.png"], tmp_path / "out", spec, progress=False)
+    assert seen == [(2, 32, 32)]  # 32 x 48 in two windows
+    np.testing.assert_array_equal(np.asarray(Image.open(path))[3], [0] * 12 + [1] * 12)
+    seen.clear()
+    native = DataConfig(scale="native")
+    predict(students, [tmp_path / "a.png"], tmp_path / "out", spec, data=native, progress=False)
+    assert seen == [(1, 16, 24)]
 
 
 def test_the_map_of_a_padding_student_is_not_stretched(tmp_path):
