@@ -7,7 +7,7 @@ own content, which the attention output of a CLIP tower does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from co2s_fast.errors import UsageError
 from co2s_fast.models.stem import ConvStem
+
+Path = Callable[[nn.Module, Tensor], Tensor]
 
 
 def resize_positions(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
@@ -118,7 +120,7 @@ class ClipBackbone(nn.Module):
         x = torch.cat([cls, x.flatten(2).transpose(1, 2)], 1) + positions.to(x.dtype)
         return visual.ln_pre(x)
 
-    def _run(self, path, block: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, path: Path, block: nn.Module, x: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(path, block, x, use_reentrant=False)
         return path(block, x)
@@ -142,6 +144,8 @@ def _check_tower(visual: nn.Module, levels: Sequence[int]) -> None:
             "backbone 'clip' needs an open_clip VisionTransformer with plain residual blocks, got "
             f"{type(visual).__name__}"
         )
+    if visual.attn_pool is not None or not isinstance(visual.patch_dropout, nn.Identity):
+        raise UsageError("backbone 'clip' supports neither attentional pooling nor patch dropout")
     if levels[-1] != len(blocks):
         raise UsageError(
             f"levels must end with the map in text space, {len(blocks)} for a tower of "

@@ -20,14 +20,15 @@ class TextConfig(_Strict):
     Attributes:
         source: "open_clip" runs a text tower over the concepts; "file" reads a K x d `.npy` array;
             "hash" makes fixed vectors out of hashed letter n-grams, a substitute for tiny students
-            trained from scratch, which have no trained text tower.
+            trained from scratch, which have no trained text tower; "checkpoint" leaves NaN for the
+            state dict that is loaded next to fill.
         path: the `.npy` file of source "file".
         model: open_clip model name, or JSON file, of the text tower (source "open_clip").
         weights: open_clip pretrained tag or checkpoint file of the text tower.
         template: the prompt; `{concept}` is replaced by each concept.
     """
 
-    source: Literal["open_clip", "file", "hash"] = "open_clip"
+    source: Literal["open_clip", "file", "hash", "checkpoint"] = "open_clip"
     path: Path | None = None
     model: str = "ViT-B-16-quickgelu"
     weights: str | None = "openai"
@@ -44,7 +45,8 @@ class TextConfig(_Strict):
     def _path_where_needed(self) -> TextConfig:
         if (self.source == "file") != (self.path is not None):
             raise ValueError(
-                f"path goes with source 'file' and only with it: source {self.source!r}, path {self.path}"
+                "path goes with source 'file' and only with it: "
+                f"source {self.source!r}, path {self.path}"
             )
         return self
 
@@ -88,9 +90,10 @@ class DecoderConfig(_Strict):
                 "skip_channels and up_channels need as many entries as each other, got "
                 f"{self.skip_channels} and {self.up_channels}"
             )
-        for before, skip in zip((self.channels, *self.up_channels), self.skip_channels):
+        ins = (self.channels, *self.up_channels)[: len(self.skip_channels)]
+        for before, skip in zip(ins, self.skip_channels, strict=True):
             if skip >= before:
-                raise ValueError(f"a skip of {skip} channels leaves none of the {before} to upsample")
+                raise ValueError(f"a skip of {skip} channels leaves none of {before} to upsample")
         for width in (self.channels, *self.up_channels):
             if width % self.group_channels:
                 raise ValueError(
@@ -109,9 +112,10 @@ class DecoderConfig(_Strict):
 class StudentConfig(_Strict):
     """One student: a ViT backbone, class queries and a decoder.
 
-    `StudentConfig(backbone="clip")` is the paper's CLIP student and `StudentConfig(backbone="timm",
-    weights="pretrained")` its DINOv3 student. `model="tiny-clip"` and `model="tiny-ssm"` fill in a
-    complete small student for training from scratch on a CPU; whatever else is given wins over it.
+    `StudentConfig(backbone="clip")` is the paper's CLIP student, `StudentConfig(backbone="timm")`
+    its DINOv3 student, both from pretrained weights. `model="tiny-clip"` and `model="tiny-ssm"`
+    fill in a complete small student for training from scratch on a CPU; whatever else is given
+    wins over it.
 
     Attributes:
         backbone: "clip" (open_clip ViT, value-path maps) or "timm" (any timm ViT, block outputs).
@@ -164,7 +168,7 @@ class StudentConfig(_Strict):
         preset = PRESETS.get(str(data.get("model")))
         if preset is None:
             preset = PRESETS.get(f"paper-{data.get('backbone')}", {})
-        return _merge(preset, data)
+        return merge(preset, data)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> StudentConfig:
@@ -174,13 +178,14 @@ class StudentConfig(_Strict):
         if len(self.levels) != wanted:
             raise ValueError(
                 f"levels must name {wanted} maps (decoder.skip_channels has "
-                f"{len(self.decoder.skip_channels)} entries, skips={self.skips!r}), got {self.levels}"
+                f"{len(self.decoder.skip_channels)} entries, skips={self.skips!r}), "
+                f"got {self.levels}"
             )
         if self.skips == "stem" and self.stem != "conv":
             raise ValueError("skips='stem' needs stem='conv'")
         if self.stem == "conv" and self.weights is not None:
             raise ValueError(
-                f"stem='conv' is for training from scratch, but weights={self.weights!r} was asked for"
+                f"stem='conv' is for training from scratch, but weights={self.weights!r} was given"
             )
         if self.backbone == "timm" and self.activation is not None:
             raise ValueError("activation is for backbone 'clip'; a timm model's own is kept")
@@ -189,12 +194,12 @@ class StudentConfig(_Strict):
         return self
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`; dictionaries are merged, all else is replaced."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
+            merged[key] = merge(merged[key], value)
         else:
             merged[key] = value
     return merged

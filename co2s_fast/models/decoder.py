@@ -21,6 +21,11 @@ def _group_norm(channels: int, group_channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels // group_channels, channels)
 
 
+def _fast_layout(x: Tensor) -> Tensor:
+    """Channels last on the CPU, where these narrow convolutions run two to three times as fast."""
+    return x if x.is_cuda else x.contiguous(memory_format=torch.channels_last)
+
+
 class DilatedConv(nn.Conv2d):
     """A 3x3 (or, at rate 1, 1x1) convolution that skips taps which can only read padding."""
 
@@ -56,7 +61,8 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, h, w] to the same shape."""
-        branches = [F.relu_(norm(conv(x))) for conv, norm in zip(self.convs, self.norms)]
+        pairs = zip(self.convs, self.norms, strict=True)
+        branches = [F.relu_(norm(conv(x))) for conv, norm in pairs]
         pooled = F.relu(self.pool_norm(self.pool_conv(x.mean((2, 3), keepdim=True))))
         # The pooled branch is constant over the map, so its share of the 1x1 projection is too.
         split = self.project.in_channels - self.project.out_channels
@@ -84,24 +90,23 @@ class ClassAttention(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """Args: x [B, K, C, h, w]; text [B or 1, K, T]. Returns [B, K, C, h, w]."""
-        batch, classes, channels, height, width = x.shape
-        maps = x.flatten(0, 1)
-        pool = (min(self.pool[0], height), min(self.pool[1], width))
-        pooled = F.avg_pool2d(maps, pool)
+        """Args: x [B*K, C, h, w], image-major; text [B or 1, K, T]. Returns the shape of x."""
+        channels, height, width = x.shape[1:]
+        classes = text.shape[1]
+        pooled = F.avg_pool2d(x, (min(self.pool[0], height), min(self.pool[1], width)))
         grid = pooled.shape[-2:]
-        visual = pooled.view(batch, classes, channels, -1).permute(0, 3, 1, 2)  # B, P, K, C
-        text = text[:, None].expand(batch, visual.shape[1], -1, -1)
+        visual = pooled.permute(0, 2, 3, 1).reshape(-1, classes, grid[0] * grid[1], channels)
+        visual = visual.transpose(1, 2)  # B, P, K, C
+        text = text[:, None].expand(*visual.shape[:3], -1)
         tokens = torch.cat([visual, text.to(visual.dtype)], -1).flatten(0, 1)  # B*P, K, C+T
         normed = self.norm1(tokens)
         tokens = tokens + self.attention(normed, normed, normed, need_weights=False)[0]
         hidden = F.gelu(self.fc1(self.norm2(tokens)))
         out = F.linear(hidden, self.fc2.weight[:channels], self.fc2.bias[:channels])
-        out = out + tokens[..., :channels]
-        out = out.view(batch, -1, classes, channels).permute(0, 2, 3, 1)
-        out = out.reshape(batch * classes, channels, *grid)
+        out = (out + tokens[..., :channels]).view(visual.shape).transpose(1, 2)
+        out = out.reshape(-1, *grid, channels).permute(0, 3, 1, 2)
         out = F.interpolate(out, (height, width), mode="bilinear", align_corners=True)
-        return x + out.view_as(x)
+        return x + out
 
 
 class Upsample(nn.Module):
@@ -128,7 +133,7 @@ class Upsample(nn.Module):
         split = x.shape[1]
         per_class = F.conv2d(x, self.conv1.weight[:, :split], padding=1)
         per_image = F.conv2d(skip, self.conv1.weight[:, split:], padding=1)
-        x = (per_class.unflatten(0, (skip.shape[0], -1)) + per_image[:, None]).flatten(0, 1)
+        x = (per_class.unflatten(0, (len(skip), -1)) + per_image[:, None]).flatten(0, 1)
         x = F.relu_(self.norm1(x))
         return F.relu_(self.norm2(self.conv2(x)))
 
@@ -161,10 +166,15 @@ class QueryDecoder(nn.Module):
         self.layers = nn.ModuleList(ClassAttention(config) for _ in range(config.layers))
         self.skips = nn.ModuleList(
             nn.Conv2d(width, out, 3, padding=1)
-            for width, out in zip(reversed(widths[:-1]), config.skip_channels)
+            for width, out in zip(reversed(widths[:-1]), config.skip_channels, strict=True)
         )
-        ups = zip((config.channels, *config.up_channels), config.skip_channels, config.up_channels)
-        self.ups = nn.ModuleList(Upsample(c, skip, out, group) for c, skip, out in ups)
+        ins = (config.channels, *config.up_channels)
+        self.ups = nn.ModuleList(
+            Upsample(before, skip, out, group)
+            for before, skip, out in zip(
+                ins[:-1], config.skip_channels, config.up_channels, strict=True
+            )
+        )
         last = config.up_channels[-1] if config.up_channels else config.channels
         self.head = nn.Conv2d(last, 1, 3, padding=1)
 
@@ -175,27 +185,28 @@ class QueryDecoder(nn.Module):
             features: maps [B, C_i, h_i, w_i], shallow to deep; any grids.
             queries: class vectors [K, d], or [B, K, d]; their length does not matter.
         """
-        deep = F.normalize(features[-1], dim=1)
-        queries = F.normalize(queries, dim=-1).to(deep.dtype)
-        batch, _, height, width = deep.shape
-        if queries.dim() == 2:
-            queries = queries[None]
-        x = queries @ deep.flatten(2)  # B, K, h*w: cosine of every pixel with every class
-        classes = x.shape[1]
-        x = x.view(batch * classes, 1, height, width)
-        x = self.aspp(self.similarity(x))
+        x, queries = self._similarity(features[-1], queries)
+        classes = queries.shape[1]
+        x = self.aspp(_fast_layout(self.similarity(x)))
         text = F.relu(self.text(queries))
-        x = x.unflatten(0, (batch, classes))
         for layer in self.layers:
             x = layer(x, text)
-        x = x.flatten(0, 1)
-        for up, project, skip in zip(self.ups, self.skips, reversed(features[:-1])):
-            skip = F.relu_(project(skip))
-            x = self._maybe_checkpoint(up, x, skip)
-        x = self.head(x).view(batch, classes, *(side * 2 ** len(self.ups) for side in (height, width)))
+        for up, project, skip in zip(self.ups, self.skips, reversed(features[:-1]), strict=True):
+            x = self._maybe_checkpoint(up, x, F.relu_(project(_fast_layout(skip))))
+        x = self.head(x).squeeze(1).unflatten(0, (-1, classes))
         if self.config.resize_to is not None:
             x = F.interpolate(x, self.config.resize_to, mode="bilinear", align_corners=False)
         return x
+
+    @staticmethod
+    def _similarity(deep: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine of every pixel with every class, [B*K, 1, h, w], and unit queries [., K, d]."""
+        deep = F.normalize(deep, dim=1)
+        queries = F.normalize(queries, dim=-1).to(deep.dtype)
+        if queries.dim() == 2:
+            queries = queries[None]
+        cosine = (queries @ deep.flatten(2)).unflatten(2, deep.shape[-2:])
+        return cosine.flatten(0, 1)[:, None], queries
 
     def _maybe_checkpoint(self, up: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
         if self.config.gradient_checkpointing and torch.is_grad_enabled():

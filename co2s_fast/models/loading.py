@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.clip import ClipBackbone, resize_positions
-from co2s_fast.models.config import StudentConfig, _merge
-from co2s_fast.models.official import clip_from_official, dinov3_from_official
+from co2s_fast.models.config import StudentConfig, merge
+from co2s_fast.models.official import State, clip_from_official, dinov3_from_official
 from co2s_fast.models.presets import TINY_CLIP_MODEL, TINY_SSM_MODEL
 from co2s_fast.models.ssm import TimmBackbone
 from co2s_fast.models.stem import ConvStem
@@ -28,7 +29,7 @@ def is_file_name(weights: str) -> bool:
     return weights.endswith(WEIGHT_SUFFIXES) or os.sep in weights
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path) -> State:
     """A flat state dict from a safetensors file or a torch file, without unpickling objects.
 
     Nesting under `model`, `state_dict` or `state` and the prefix `module.` are taken away.
@@ -88,10 +89,12 @@ def clip_description(model: str, overrides: dict[str, Any]) -> dict[str, Any]:
             f"model {model!r}: expected an open_clip model such as 'ViT-B-16-quickgelu', a JSON "
             "file with embed_dim, vision_cfg and text_cfg, or 'tiny-clip'"
         )
-    return _merge(found, overrides)
+    return merge(found, overrides)
 
 
-def load_clip(model: str, weights: str | None, overrides: dict[str, Any] | None = None):
+def load_clip(
+    model: str, weights: str | None, overrides: dict[str, Any] | None = None
+) -> nn.Module:
     """An open_clip CLIP model with both towers, in eval mode and float32."""
     import open_clip
 
@@ -117,7 +120,8 @@ def _load_clip_file(clip: nn.Module, path: str) -> None:
     """Both towers from a whole CLIP model, or the vision tower alone; which is told by the keys."""
     state = read_state_dict(path)
     if any(key.endswith("patch_embed.projection.weight") for key in state):
-        state = {f"visual.{key}": value for key, value in clip_from_official(state).items()}
+        state = translate(clip_from_official, state, path)
+        state = {f"visual.{key}": value for key, value in state.items()}
     elif not any(key.startswith("visual.") for key in state):
         state = {f"visual.{key}": value for key, value in state.items()}
     state = {key: value.float() if value.is_floating_point() else value
@@ -136,7 +140,15 @@ def _load_clip_file(clip: nn.Module, path: str) -> None:
     clip.has_text_weights = whole
 
 
-def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def translate(rule: Callable[[State], State], state: State, path: str | Path) -> State:
+    """`rule(state)` whose failure names the file."""
+    try:
+        return rule(state)
+    except (KeyError, ValueError) as error:
+        raise DataError(f"weights {path}: {error}") from error
+
+
+def load_strictly(module: nn.Module, state: State, path: str | Path) -> None:
     """`load_state_dict` whose failure is one line that names the file and the first keys.
 
     Raises:
@@ -157,7 +169,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path)
     module.load_state_dict(state)
 
 
-def tokenizer_for(model: str, tower: nn.Module):
+def tokenizer_for(model: str, tower: nn.Module) -> Callable[[list[str]], Tensor]:
     """The tokenizer that belongs to an open_clip model."""
     import open_clip
 
@@ -218,7 +230,7 @@ def build_timm_backbone(config: StudentConfig) -> TimmBackbone:
     if config.weights is not None and tag is None:
         state = read_state_dict(config.weights)
         if any(key.endswith("storage_tokens") for key in state):
-            state = dinov3_from_official(state)
+            state = translate(dinov3_from_official, state, config.weights)
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
         load_strictly(model, state, config.weights)
     stem = None

@@ -46,11 +46,13 @@ TINY_SSM_MODEL = "vit_tiny_patch16_dinov3_qkvb"
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-clip": {
         "model": "ViT-B-16-quickgelu",
+        "weights": "openai",
         "levels": (0, 4, 12),
         "queries": "text",
     },
     "paper-timm": {
         "model": "vit_base_patch16_dinov3_qkvb",
+        "weights": "pretrained",
         "levels": (2, 7, 11),
         "queries": "learnable",
     },

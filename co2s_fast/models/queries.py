@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.config import TextConfig
+
+Tokenizer = Callable[[list[str]], Tensor]
 
 
 class Named(Protocol):
@@ -49,6 +51,8 @@ def text_queries(
     """
     if config.source == "file":
         return load_queries(Path(str(config.path)), len(classes), width)
+    if config.source == "checkpoint":
+        return torch.full((len(classes), width), torch.nan)
     if config.source == "hash":
         return torch.stack([_hashed_class(cls, width) for cls in classes])
     from co2s_fast.models.loading import load_clip, tokenizer_for
@@ -90,7 +94,7 @@ def load_queries(path: Path, classes: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def _average(prompts: list[str], tokenize, tower: nn.Module) -> Tensor:
+def _average(prompts: list[str], tokenize: Tokenizer, tower: nn.Module) -> Tensor:
     # Averaged before normalising: longer embeddings weigh more, as in the authors' files.
     embedded = tower.encode_text(tokenize(prompts), normalize=False).float()
     return F.normalize(embedded.mean(0), dim=0)

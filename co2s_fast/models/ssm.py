@@ -13,8 +13,11 @@ from co2s_fast.models.stem import ConvStem
 
 
 class CachedRope(nn.Module):
-    """Keeps a timm rotary embedding per grid: timm builds it on the CPU in every forward pass,
-    and copying it to the GPU would make the host wait."""
+    """Keeps a timm rotary embedding per grid.
+
+    timm builds it on the CPU in every forward pass, and copying it to the GPU would make the host
+    wait.
+    """
 
     def __init__(self, rope: nn.Module) -> None:
         super().__init__()
@@ -25,11 +28,16 @@ class CachedRope(nn.Module):
         """[h*w, 2*head_dim], sines then cosines."""
         periods = self.rope.periods
         key = (tuple(shape) if shape is not None else None, periods.device, periods.dtype)
-        if key not in self._cache:
-            # A tensor made under inference_mode could not take part in a later training step.
-            with torch.inference_mode(False), torch.no_grad():
-                self._cache[key] = self.build(shape)
-        return self._cache[key]
+        if key in self._cache:
+            return self._cache[key]
+        if torch.compiler.is_compiling():
+            return self.build(shape)
+        # A tensor made under inference_mode could not take part in a later training step.
+        with torch.inference_mode(False), torch.no_grad():
+            table = self.build(shape)
+        if type(table) is Tensor:  # not a stand-in of some tracer
+            self._cache[key] = table
+        return table
 
     def build(self, shape: Sequence[int] | None) -> Tensor:
         """The embedding as timm computes it, in float32."""
@@ -137,7 +145,8 @@ def _prepare_rope(model: nn.Module, rope: str) -> None:
     is_dinov3 = hasattr(module, "periods") and not getattr(module, "aug_active", False)
     if rope == "bf16":
         if not (is_dinov3 and module.rotate_half and hasattr(model.blocks[0].attn, "q_norm")):
-            raise UsageError(f"rope='bf16' needs a DINOv3 model of timm, got {type(model).__name__}")
+            name = type(model).__name__
+            raise UsageError(f"rope='bf16' needs a DINOv3 model of timm, got {name}")
         model.rope = Bfloat16Rope(module)
         # Rounded before the rotation, prefix tokens included; the attention casts back after it.
         for block in model.blocks:

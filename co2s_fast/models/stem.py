@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from co2s_fast.errors import UsageError
@@ -33,13 +34,15 @@ class ConvStem(nn.Module):
                 nn.GroupNorm(max(1, out // 16), out),
                 nn.GELU(),
             )
-            for before, out in zip(ins, self.widths)
+            for before, out in zip(ins, self.widths, strict=True)
         )
         self.project = nn.Conv2d(self.widths[-1], width, 1)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """[B, 3, H, W] to (maps at strides 2, 4, ..., patch; tokens [B, width, H/p, W/p])."""
-        maps, x = [], images
+        maps = []
+        # Channels last makes narrow convolutions two to three times as fast on the CPU.
+        x = images if images.is_cuda else images.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             x = stage(x)
             maps.append(x)

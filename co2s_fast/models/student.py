@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,8 +106,10 @@ class Student(nn.Module):
         if [tuple(mask.shape) for mask in keep] != shapes:
             found = [tuple(mask.shape) for mask in keep]
             raise ValueError(f"keep must have shapes {shapes}, got {found}")
-        scaled = (mask[..., None, None].to(f.dtype) / (1 - drop) for f, mask in zip(features, keep))
-        return tuple(level * mask for level, mask in zip(features, scaled))
+        return tuple(
+            level * (mask[..., None, None].to(level.dtype) / (1 - drop))
+            for level, mask in zip(features, keep, strict=True)
+        )
 
     def decode(self, features: Sequence[Tensor]) -> Tensor:
         """Logits [B, K, h, w]; with patch 16, h and w are a quarter of the padded image's sides."""
@@ -150,18 +153,22 @@ class Student(nn.Module):
 
     def _freeze(self) -> None:
         trainable = self.config.trainable
-        unused = _unused_blocks(self.backbone)
+        unused = _unused_parts(self.backbone)
         for name, parameter in self.backbone.named_parameters():
             learns = trainable == "full" or (trainable == "attention" and ".attn." in name)
             parameter.requires_grad_(learns and not name.startswith(unused))
 
 
-def _unused_blocks(backbone: nn.Module) -> tuple[str, ...]:
-    """Prefixes of blocks past the deepest level, which never see a gradient."""
-    model = getattr(backbone, "model", None)
-    if model is None:
-        return ("visual.none.",)
-    return tuple(f"model.blocks.{i}." for i in range(backbone.levels[-1] + 1, len(model.blocks)))
+def _unused_parts(backbone: nn.Module) -> tuple[str, ...]:
+    """Prefixes of a timm model's parts past the deepest level, which never see a gradient."""
+    blocks = getattr(getattr(backbone, "model", None), "blocks", ())
+    past = range(backbone.levels[-1] + 1, len(blocks))
+    return (
+        "model.head.",
+        "model.fc_norm.",
+        "model.attn_pool.",
+        *(f"model.blocks.{i}." for i in past),
+    )
 
 
 def _draw_mask(level: Tensor, drop: float, generator: torch.Generator | None) -> Tensor:
@@ -191,7 +198,7 @@ def build_student(config: StudentConfig, classes: Sequence[Named], *, seed: int)
     if not classes:
         raise UsageError("classes must not be empty")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         tower = None
         if config.backbone == "clip":
             backbone, tower = build_clip_backbone(config)
@@ -210,6 +217,12 @@ def build_student(config: StudentConfig, classes: Sequence[Named], *, seed: int)
         "parameters": sum(p.numel() for p in backbone.parameters()),
         "queries": config.queries if config.queries == "learnable" else _describe(config),
     }
+    if config.weights is None and config.trainable != "full":
+        warnings.warn(
+            f"backbone {config.model!r} starts from random weights, yet trainable="
+            f"{config.trainable!r}: most of it will stay random",
+            stacklevel=2,
+        )
     student = Student(config, backbone, decoder, queries, provenance)
     if checksum(student.backbone) != loaded:
         raise RuntimeError("building the student changed the backbone's loaded weights")
@@ -237,6 +250,6 @@ def _describe(config: StudentConfig) -> str:
     text = config.text
     if text.source == "file":
         return f"file {text.path}"
-    if text.source == "hash":
-        return "hash"
-    return f"open_clip {text.model} {text.weights}"
+    if text.source == "open_clip":
+        return f"open_clip {text.model} {text.weights}"
+    return text.source
