@@ -142,14 +142,16 @@ def stability_loss(
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
     """Sums [2] of Σ_k (p_a - p_b)² where a learns and where b learns; counts [2] of the pixels."""
-    p_a = up(logits_a, height, width, align_corners).softmax(1)
-    p_b = up(logits_b, height, width, align_corners).softmax(1)
+    z_a = up(logits_a, height, width, align_corners)
+    z_b = up(logits_b, height, width, align_corners)
+    p_a, p_b = z_a.detach().softmax(1), z_b.detach().softmax(1)
     learns = learners(p_a, p_b, threshold, ignore_mask, ignore_index)
-    sums = [
-        torch.where(pixels[:, None], p - q.detach(), 0).square().sum(dtype=torch.float64)
-        for pixels, p, q in zip(learns, (p_a, p_b), (p_b, p_a), strict=True)
-    ]
-    return torch.stack(sums).to(p_a.dtype), torch.stack([pixels.sum() for pixels in learns])
+    sums = []
+    for pixels, z, teacher in zip(learns, (z_a, z_b), (p_b, p_a), strict=True):
+        p = torch.where(pixels[:, None], z, 0).softmax(1)  # a NaN must not reach the gradient
+        difference = torch.where(pixels[:, None], p - teacher, 0)
+        sums.append(difference.square().sum(dtype=torch.float64))
+    return torch.stack(sums).to(z_a.dtype), torch.stack([pixels.sum() for pixels in learns])
 
 
 def learners(
