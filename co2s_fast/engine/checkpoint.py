@@ -48,7 +48,10 @@ def save_checkpoint(
         for stem, tensors in arrays.items():
             temporary = folder / (files[stem] + ".tmp")
             written.append(temporary)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # safetensors writes for the owner alone
             save_file({name: on_cpu(tensor) for name, tensor in tensors.items()}, temporary)
+            temporary.chmod(mode)
             sync_to_disk(temporary)
             written[-1] = temporary.replace(folder / files[stem])
         temporary = folder / (STATE_FILE + ".tmp")

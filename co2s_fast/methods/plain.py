@@ -1,0 +1,122 @@
+"""The same step in plain PyTorch: what the fused step must equal, and what it is timed against.
+
+Every view makes its own pass through a student, logits are upsampled to the label's size, and each
+loss is written with `F.interpolate`, `softmax` and `F.cross_entropy`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from co2s_fast.methods.base import channel_keep_masks, step_generator
+from co2s_fast.methods.ramp import cosine_ramp
+
+if TYPE_CHECKING:
+    from co2s_fast.data import Batch
+    from co2s_fast.methods.co2s import Co2S
+    from co2s_fast.models import Student
+
+IGNORE = 255
+
+
+def plain_co2s_losses(
+    method: Co2S, batch: Batch, step: int, total_steps: int
+) -> dict[str, Tensor]:
+    """What `method(batch, step, total_steps)` returns, without its counts, on one process.
+
+    Args:
+        method: students and options; only its configuration and students are used.
+        batch: as the pipeline yields it; left as it is.
+        step: step index.
+        total_steps: steps in the whole run.
+    """
+    config = method.config
+    size = batch.w.shape[-2:]
+    valid = torch.ones_like(batch.w[:, 0], dtype=torch.bool)
+    if batch.ignore is not None:
+        valid = batch.ignore != IGNORE
+    partner = method.partners(len(batch.w), batch.w.device)
+    inside = {v: box_masks(getattr(batch, f"boxes{v[1:]}"), size) for v in ("s1", "s2")}
+    result: dict[str, Tensor] = {}
+    weak = {}
+    for index, (name, student) in enumerate(method.students.items()):
+        logits = {"x": upsampled(student(batch.x), size), "w": upsampled(student(batch.w), size)}
+        logits["fp"] = upsampled(perturbed(method, index, student, batch.w, step), size)
+        for view, mask in inside.items():
+            images = getattr(batch, view)
+            mixed = torch.where(mask[:, None], images[partner], images)
+            logits[view] = upsampled(student(mixed), size)
+        weak[name] = logits["w"]
+        confidence, label = logits["w"].detach().softmax(1).max(1)
+        target = batch.y.long()
+        taken = target != IGNORE
+        result[f"{name}/x"] = masked_mean(logits["x"], target, taken, taken)
+        taken = confidence >= config.threshold
+        result[f"{name}/fp"] = masked_mean(logits["fp"], label, valid & taken, valid)
+        for view, mask in inside.items():
+            chosen, sure, real = (
+                torch.where(mask, each[partner], each) for each in (label, taken, valid)
+            )
+            result[f"{name}/{view}"] = masked_mean(logits[view], chosen, real & sure, real)
+    ramp = cosine_ramp(step, total_steps, config.stability_weight, config.stability_ramp)
+    pair = list(weak.items())
+    for (name, mine), (_, other) in (pair, pair[::-1]):
+        real = valid if config.stability_padding == "mask" else torch.ones_like(valid)
+        term = one_way_stability(mine, other.detach(), config.threshold, real)
+        result[f"{name}/stability"] = term
+        if config.stability_gradient == "none":
+            term = term.detach()
+        result[f"{name}/total"] = (
+            config.supervised_weight * result[f"{name}/x"]
+            + sum(getattr(config, f"{v}_weight") * result[f"{name}/{v}"] for v in method.strong)
+            + ramp * term
+        )
+    loss = sum(result[f"{name}/total"] for name in weak)
+    return {**{key: value.detach() for key, value in result.items()}, "loss": loss}
+
+
+def upsampled(logits: Tensor, size: torch.Size) -> Tensor:
+    """Logits at the labels' size."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.interpolate(wide, size, mode="bilinear", align_corners=False)
+
+
+def perturbed(method: Co2S, index: int, student: Student, images: Tensor, step: int) -> Tensor:
+    """Logits of images whose feature maps lost the channels that the step drops."""
+    features = student.features(images)
+    generator = step_generator(method.seed, step, index)
+    rate = student.config.feature_dropout
+    keep = channel_keep_masks(features, rate, generator)
+    dropped = [
+        level * mask[:, :, None, None] / (1 - rate)
+        for level, mask in zip(features, keep, strict=True)
+    ]
+    return student.decode(tuple(dropped))
+
+
+def masked_mean(logits: Tensor, target: Tensor, taken: Tensor, counted: Tensor) -> Tensor:
+    """Cross entropy summed over `taken`, divided by the number of `counted`; 0 of none is 0."""
+    # 255 is no class: such pixels are never taken, and any class will do for them.
+    loss = F.cross_entropy(logits, target.masked_fill(target == IGNORE, 0), reduction="none")
+    return (loss * taken).sum() / counted.sum().clamp(min=1)
+
+
+def one_way_stability(mine: Tensor, other: Tensor, threshold: float, real: Tensor) -> Tensor:
+    """Mean squared distance of probabilities where the other student is surer and sure enough."""
+    p, q = mine.softmax(1), other.softmax(1)
+    learns = (q.amax(1) >= threshold) & (q.amax(1) >= p.detach().amax(1)) & real
+    distance = (p - q).square().sum(1) / p.shape[1]
+    return (distance * learns).sum() / learns.sum().clamp(min=1)
+
+
+def box_masks(boxes: Tensor, size: torch.Size) -> Tensor:
+    """[B, H, W] bool, True inside each image's half-open box (x1, y1, x2, y2)."""
+    height, width = size
+    y = torch.arange(height, device=boxes.device)[None, :, None]
+    x = torch.arange(width, device=boxes.device)[None, None, :]
+    x1, y1, x2, y2 = (side[:, None, None] for side in boxes.unbind(1))
+    return (x >= x1) & (x < x2) & (y >= y1) & (y < y2)

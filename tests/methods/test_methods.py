@@ -1,0 +1,117 @@
+"""What all methods share: terms, pseudo-label counts, CutMix partners, determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from co2s_fast.errors import UsageError
+from co2s_fast.methods import METHODS, get_method
+from co2s_fast.methods.ramp import cosine_ramp
+
+
+def test_every_listed_method_can_be_had_and_knows_its_name() -> None:
+    for name in METHODS:
+        method = get_method(name)
+        assert method.name == name
+        assert method.Config().name == name
+    with pytest.raises(UsageError, match="unknown name 'cosine'; expected one of co2s, onlysup"):
+        get_method("cosine")
+
+
+@pytest.mark.parametrize("total", [1, 5, 10, 37, 1000, 42560])
+def test_ramp_matches_the_release(golden, total) -> None:
+    file = golden("losses.npz")
+    steps = file[f"sched/dynamic_weight/T{total}/steps"]
+    expected = file[f"sched/dynamic_weight/T{total}/cosine"]
+    assert [cosine_ramp(int(step), total) for step in steps] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_ramp_of_other_lengths_matches_the_release(golden, share) -> None:
+    expected = golden("losses.npz")[f"sched/dynamic_weight/all1000/up{share}"]
+    found = [cosine_ramp(step, 1000, ramp=share) for step in range(1000)]
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_onlysup_is_cross_entropy_over_valid_pixels(make_method, make_batch) -> None:
+    method, batch = make_method("onlysup"), make_batch()
+    out = method(batch, 0, 10)
+    expected = 0.0
+    for name, student in method.students.items():
+        logits = F.interpolate(student(batch.x), batch.y.shape[1:], mode="bilinear")
+        term = F.cross_entropy(logits, batch.y.long(), ignore_index=255)
+        torch.testing.assert_close(out[f"{name}/x"], term.detach(), rtol=2e-5, atol=0)
+        expected = expected + term
+    torch.testing.assert_close(out["loss"], expected, rtol=2e-5, atol=0)
+    assert method.views == {"x"}
+
+
+def test_unimatch_is_co2s_without_the_stability_term(make_method, make_batch) -> None:
+    co2s, unimatch = make_method("co2s", stability_weight=0.0), make_method("unimatch")
+    first, second = co2s(make_batch(), 3, 10), unimatch(make_batch(), 3, 10)
+    assert first["loss"] == second["loss"]
+    assert "clip/stability" not in second
+
+
+def test_fixmatch_learns_from_one_strong_view(make_method, make_batch) -> None:
+    out = make_method("fixmatch")(make_batch(), 0, 10)
+    total = 0.5 * (out["clip/x"] + out["clip/s1"])
+    torch.testing.assert_close(out["clip/total"], total)
+    assert "clip/s2" not in out and "clip/fp" not in out
+
+
+def test_pseudo_label_counts(make_method, make_batch) -> None:
+    method, batch = make_method("unimatch"), make_batch()
+    out = method(make_batch(), 0, 10)
+    for name, student in method.students.items():
+        logits = F.interpolate(student(batch.w), batch.y.shape[1:], mode="bilinear")
+        confidence, label = logits.softmax(1).max(1)
+        valid = batch.ignore != 255
+        sure = valid & (confidence >= 0.35)
+        known = sure & (batch.truth != 255)
+        right = known & (label == batch.truth)
+        assert 0 < int(right.sum()) < int(known.sum()) < int(sure.sum())
+        for key, expected in (("valid", valid), ("confident", sure), ("known", known),
+                              ("correct", right)):  # fmt: skip
+            # a pixel right at the threshold may fall on either side of it
+            assert abs(int(out[f"{name}/pseudo_{key}"]) - int(expected.sum())) <= 2
+
+
+def test_counts_of_correct_labels_need_labels(make_method, make_batch) -> None:
+    batch = make_batch()
+    batch.truth = None
+    assert "clip/pseudo_correct" not in make_method("unimatch")(batch, 0, 10)
+
+
+def test_partners_stay_in_their_shard(make_method) -> None:
+    cpu = torch.device("cpu")
+    assert make_method(cutmix_shards=1).partners(4, cpu).tolist() == [1, 2, 3, 0]
+    assert make_method(cutmix_shards=2).partners(4, cpu).tolist() == [1, 0, 3, 2]
+
+
+def test_batches_that_shards_cannot_share(make_method) -> None:
+    with pytest.raises(UsageError, match="6 images cannot be divided into 4 shards"):
+        make_method(cutmix_shards=4).check_batch(6, 1)
+    with pytest.raises(UsageError, match="3 shards cannot be divided among 2 processes"):
+        make_method(cutmix_shards=3).check_batch(6, 2)
+    assert "has no partner" in make_method().check_batch(4, 4)[0]
+    assert make_method().check_batch(8, 4) == []
+
+
+def test_a_step_is_a_function_of_seed_and_step(make_method, make_batch) -> None:
+    first, again = make_method(), make_method()
+    torch.manual_seed(99)
+    expected = first(make_batch(), 4, 10)
+    torch.manual_seed(7)
+    assert again(make_batch(), 4, 10)["loss"] == expected["loss"]
+    assert again(make_batch(), 5, 10)["clip/fp"] != expected["clip/fp"]
+
+
+def test_strong_views_are_mixed_in_place(make_method, make_batch) -> None:
+    before, batch = make_batch(), make_batch()
+    make_method()(batch, 0, 10)
+    assert torch.equal(batch.s1[0, :, 10:60, 5:40], before.s1[1, :, 10:60, 5:40])
+    assert torch.equal(batch.s1[2:], before.s1[2:])
+    assert torch.equal(batch.w, before.w)
