@@ -23,7 +23,8 @@ from .launch import SCRATCH_BYTES, WARPS, Resampling
 from .pixel_math import axis_start
 
 LANES = 128  # intervals a program
-_WANTED_PROGRAMS = 1024  # enough for every multiprocessor of a large GPU, several times over
+GPU_PROGRAMS = 1024  # wanted at least: several for each multiprocessor of a large GPU
+CPU_PROGRAMS = 1  # the interpreter runs one program after the other
 _CELLS = 1024
 
 
@@ -76,11 +77,30 @@ def interval_rows(split, rows, reach):
 
 
 @triton.jit
+def fold(low, high, interval, size):
+    """Sums [BLOCK_K, P] for the cells `interval` and `interval + 1` of one axis.
+
+    Interval -1 (before the first centre) reads cells 0 and 1, and all of it belongs to cell 0, the
+    upper one of its pair; the last interval reads its lower cell twice.
+    """
+    first, last = (interval < 0)[None, :], (interval == size - 1)[None, :]
+    both = low + high
+    to_low = tl.where(first, 0.0, tl.where(last, both, low))
+    return to_low, tl.where(first, both, tl.where(last, 0.0, high))
+
+
+@triton.jit
 def store_corners(
-    partial_ptr, split, images, image, classes, lane, intervals, mask,
+    partial_ptr, split, images, image, classes, lane, interval_y, interval_x, h, w,
     sum00, sum01, sum10, sum11, K: tl.constexpr,
 ):  # fmt: skip
-    """Write the corner sums [BLOCK_K, P] of one program to `partial` [S,4,B,K,intervals]."""
+    """Write the corner sums [BLOCK_K, P] of one program to `partial` [S,4,B,K,h+1,w+1]."""
+    intervals = (h + 1) * (w + 1)
+    mask = (classes < K)[:, None] & (lane < intervals)[None, :]
+    sum00, sum01 = fold(sum00, sum01, interval_x, w)
+    sum10, sum11 = fold(sum10, sum11, interval_x, w)
+    sum00, sum10 = fold(sum00, sum10, interval_y, h)
+    sum01, sum11 = fold(sum01, sum11, interval_y, h)
     one = tl.full([], 1, tl.int64)  # a launch argument equal to 1 is a plain int, with no .to()
     corner_stride = one * images * K * intervals
     base = split * 4 * corner_stride + image * K * intervals
@@ -150,7 +170,8 @@ def plan(logits: Tensor, grid: Resampling, block_k: int, pixel_bytes: int) -> Pl
     class_blocks = triton.cdiv(num_classes, block_k)
     # half the reach at most: a split must have rows enough to be worth its corner sums
     most = max(1, grid.y.reach // 2)
-    wanted = triton.cdiv(_WANTED_PROGRAMS, batch * tiles * class_blocks)
+    programs = GPU_PROGRAMS if logits.is_cuda else CPU_PROGRAMS
+    wanted = triton.cdiv(programs, batch * tiles * class_blocks)
     rows = triton.cdiv(grid.y.reach, min(most, max(1, wanted)))
     splits = triton.cdiv(grid.y.reach, rows)
     image_bytes = 16 * splits * num_classes * (h + 1) * (w + 1)

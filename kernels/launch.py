@@ -96,6 +96,17 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
         raise ValueError(f"{name}: the grid {tuple(logits.shape[2:])} has no cells")
 
 
+def check_pair(logits_a: Tensor, logits_b: Tensor) -> None:
+    """Raise TypeError or ValueError where two students' logits cannot be compared."""
+    check_logits(logits_a, "logits_a")
+    check_logits(logits_b, "logits_b")
+    if logits_a.shape[:2] != logits_b.shape[:2]:
+        raise ValueError(
+            f"logits_b: expected batch and classes {tuple(logits_a.shape[:2])} of logits_a, "
+            f"got {tuple(logits_b.shape[:2])}"
+        )
+
+
 def pixel_tile(num_classes: int, element_size: int) -> tuple[int, int]:
     """BLOCK_K and P of a kernel whose lanes are output pixels.
 

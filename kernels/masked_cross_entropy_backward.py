@@ -38,7 +38,6 @@ from .launch import (
 from .pixel_labels import load_box, pixel_scale, read_pixels
 from .pixel_math import (
     axis_source,
-    fold_weights,
     load_tile,
     map_offset,
     online_softmax,
@@ -206,16 +205,14 @@ def _masked_cross_entropy_interval_kernel(
                 )
                 probability, _ = softmax_tile(z)
             gradient = cross_entropy_gradient(probability, classes, label, scale, taken)
-            to_left, to_right = fold_weights(interval_x, w, wl, wr)
-            sum_left += to_left[None, :] * gradient
-            sum_right += to_right[None, :] * gradient
-        to_top, to_bottom = fold_weights(interval_y, h, wt, wb)
-        sum00 += to_top[None, :] * sum_left
-        sum01 += to_top[None, :] * sum_right
-        sum10 += to_bottom[None, :] * sum_left
-        sum11 += to_bottom[None, :] * sum_right
+            sum_left += wl[None, :] * gradient
+            sum_right += wr[None, :] * gradient
+        sum00 += wt[None, :] * sum_left
+        sum01 += wt[None, :] * sum_right
+        sum10 += wb[None, :] * sum_left
+        sum11 += wb[None, :] * sum_right
     store_corners(
-        partial_ptr, split, images, group_image, classes, lane, intervals, mask,
+        partial_ptr, split, images, group_image, classes, lane, interval_y, interval_x, h, w,
         sum00, sum01, sum10, sum11, K,
     )  # fmt: skip
 

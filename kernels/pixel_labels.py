@@ -72,3 +72,23 @@ def pixel_scale(upstream, weight_ptr, image, y, x, label, taken, HAS_WEIGHT: tl.
     if HAS_WEIGHT:
         scale = scale * tl.load(weight_ptr + label, mask=taken, other=0.0).to(tl.float32)
     return scale
+
+
+@triton.jit
+def read_unmasked(
+    ignore, ignore_index, image, p, y, x, in_tile, HAS_IGNORE: tl.constexpr, FLAT: tl.constexpr
+):
+    """Where a pixel [P] is no padding; `ignore` is (pointer, b_stride, y_stride, x_stride)."""
+    if HAS_IGNORE:
+        padding = read_map(ignore, image, p, y, x, in_tile, FLAT).to(tl.int64)
+        return in_tile & (padding != ignore_index)
+    else:
+        return in_tile
+
+
+@triton.jit
+def learners(sure_a, sure_b, threshold, valid):
+    """Where a learns from b, and b from a [P]: a NaN confidence teaches and learns nothing."""
+    a_learns = valid & (sure_b >= threshold) & (sure_b >= sure_a)
+    b_learns = valid & (sure_a >= threshold) & (sure_a >= sure_b)
+    return a_learns, b_learns

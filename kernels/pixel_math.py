@@ -54,19 +54,6 @@ def axis_start(interval, in_size, scale, inverse, ALIGN_CORNERS: tl.constexpr):
 
 
 @triton.jit
-def fold_weights(interval, in_size, low_weight, high_weight):
-    """Weights with which an interval's gradient goes to its cells `interval` and `interval + 1`.
-
-    Before the first centre (interval -1) all of it belongs to cell 0, the upper one; past the last
-    centre (in_size - 1) all of it to the lower one.
-    """
-    total = low_weight + high_weight
-    low = tl.where(interval < 0, 0.0, tl.where(interval == in_size - 1, total, low_weight))
-    high = tl.where(interval < 0, total, tl.where(interval == in_size - 1, 0.0, high_weight))
-    return low, high
-
-
-@triton.jit
 def split_program(tiles, P: tl.constexpr, WIDE: tl.constexpr):
     """Image (int64 scalar) and pixel indices [P] of this program; `tiles` programs an image."""
     program = tl.program_id(0)
