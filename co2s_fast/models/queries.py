@@ -59,7 +59,7 @@ def text_queries(
 
     if config.weights is None:
         raise UsageError(
-            "text.source 'open_clip' needs text.weights: an untrained tower's vectors mean nothing "
+            "text.source 'open_clip' needs text weights: an untrained tower's vectors mean nothing "
             "(source 'hash' gives fixed vectors without weights)"
         )
     tower = tower if tower is not None else load_clip(config.model, config.weights)
@@ -109,14 +109,11 @@ def _hashed_class(cls: Named, width: int) -> Tensor:
 
 
 def _hashed(text: str, width: int) -> Tensor:
-    """Unit vector of signed hashed 3-letter grams and words ("feature hashing")."""
+    """Unit vector: sum over words and 3-letter grams, each a random sign vector of its own."""
     padded = f" {text.lower().replace('_', ' ')} "
     grams = [padded[i : i + 3] for i in range(len(padded) - 2)] + padded.split()
-    vector = torch.zeros(width, dtype=torch.float64)
+    total = np.zeros(width)
     for gram in grams:
-        digest = int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=8).digest(), "big")
-        # Eight places each keep short words from sharing a direction by accident.
-        for shift in range(8):
-            mixed = (digest >> (7 * shift)) ^ (digest * (2 * shift + 1))
-            vector[(mixed >> 1) % width] += 1.0 if mixed & 1 else -1.0
-    return F.normalize(vector, dim=0).float()
+        stream = hashlib.shake_256(gram.encode()).digest(-(-width // 8))
+        total += 2.0 * np.unpackbits(np.frombuffer(stream, np.uint8))[:width] - 1.0
+    return F.normalize(torch.from_numpy(total), dim=0).float()
