@@ -12,9 +12,9 @@ def poly_factor(step: int, total_steps: int, power: float = 0.9, warmup_steps: i
     """Factor on every group's initial learning rate in the update of step `step` (from 0).
 
     `(1 - t/T)^power` with `t = max(step - 1, 0)`: UniMatch and Co2S set the rate *after* update t
-    for update t + 1, so updates 0 and 1 both run at the full rate. A warm-up multiplies it by
-    `floor + (1 - floor) · t / warmup_steps`; update 0 then runs at the full rate in the released
-    code, and at the floor here.
+    for update t + 1, so updates 0 and 1 both run at the full rate. During a warm-up of n steps it
+    is `1 - (1 - t/n)(1 - 1e-6)` instead; update 0, which the released code makes at the full rate
+    even then, is made at the floor of 1e-6 here.
 
     Args:
         step: the update about to be made, 0 .. total_steps - 1.
@@ -23,10 +23,9 @@ def poly_factor(step: int, total_steps: int, power: float = 0.9, warmup_steps: i
         warmup_steps: updates of linear warm-up, 0 for none.
     """
     done = max(step - 1, 0)
-    factor = max(1.0 - done / total_steps, 0.0) ** power
     if done < warmup_steps:
-        factor *= 1.0 - (1.0 - done / warmup_steps) * (1.0 - WARMUP_FLOOR)
-    return factor
+        return 1.0 - (1.0 - done / warmup_steps) * (1.0 - WARMUP_FLOOR)
+    return max(1.0 - done / total_steps, 0.0) ** power
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
