@@ -1,0 +1,41 @@
+// From torch tensors to the plain views of views.h, with the checks every op shares.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "ops/views.h"
+
+namespace co2s {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// logits [B,K,h,w] of a floating dtype on the CPU; raises a clear error otherwise.
+LogitsView logits_view(const at::Tensor& logits, const char* name);
+
+// A map [B,H,W] whose shape has been checked against (batch, height, width).
+MapView integer_map(const at::Tensor& map, at::IntArrayRef shape, const char* name);
+MapView float_map(const at::Tensor& map, at::IntArrayRef shape, const char* name);
+
+// Keeps the contiguous copies alive that its view points into.
+struct Boxes {
+  at::Tensor boxes, partner;
+  BoxesView view() const;
+};
+Boxes checked_boxes(const OptionalTensor& boxes, const OptionalTensor& partner, int64_t batch);
+
+Dtype dtype_of(const at::Tensor& tensor, const char* name);
+
+// The dtype of sums, confidences and saved gradients: float64 for float64 logits, else float32.
+at::ScalarType wide_dtype(const at::Tensor& logits);
+
+void check_threshold(double threshold);
+void check_size(int64_t height, int64_t width);
+void raise_bad_label(const BadLabel& bad, int64_t classes, int64_t ignore_index);
+
+// An uninitialised tensor to be written completely, on huge pages where the system offers them:
+// a fresh full-resolution gradient otherwise costs more in page faults than in arithmetic.
+at::Tensor empty_for_writing(at::IntArrayRef shape, at::ScalarType dtype);
+
+} // namespace co2s
