@@ -20,9 +20,12 @@ def run(case, x, target, reduction="sum"):
     y = x.to(target.device)
     z = y.a.detach().requires_grad_()
     options = {
-        "threshold": 0.95, "ignore_mask": y.ignore_mask, "class_weight": y.class_weight, "cutmix": y.cutmix,
+        "threshold": 0.95,
+        "ignore_mask": y.ignore_mask,
+        "class_weight": y.class_weight,
+        "cutmix": y.cutmix,
         "align_corners": case.align_corners,
-    }  # fmt: skip
+    }
     loss = masked_cross_entropy(z, y.target, y.confidence, reduction=reduction, **options)
     scale = upstream(case).to(loss) if reduction == "none" else 1.7
     (loss * scale).sum().backward()
