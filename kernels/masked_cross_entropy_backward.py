@@ -170,14 +170,14 @@ def _masked_cross_entropy_interval_kernel(
     row_begin, row_end = interval_rows(split, rows, y_reach)
     for dy in range(row_begin, row_end):
         y = y_start + dy
-        at_y, _, _, wt, wb = axis_source(y, h, y_scale, ALIGN_CORNERS)
+        at_y, top, bottom, wt, wb = axis_source(y, h, y_scale, ALIGN_CORNERS)
         in_row = (lane < intervals) & (y < height) & (at_y == interval_y)
         z_left = wt[None, :] * z00 + wb[None, :] * z10
         z_right = wt[None, :] * z01 + wb[None, :] * z11
         sum_left, sum_right = tl.zeros_like(z00), tl.zeros_like(z00)
         for dx in range(0, x_reach):
             x = x_start + dx
-            at_x, _, _, wl, wr = axis_source(x, w, x_scale, ALIGN_CORNERS)
+            at_x, left, right, wl, wr = axis_source(x, w, x_scale, ALIGN_CORNERS)
             inside = in_row & (x < width) & (at_x == interval_x)
             z = wl[None, :] * z_left + wr[None, :] * z_right
             z = tl.where((classes < K)[:, None], z, float("-inf"))
@@ -191,7 +191,7 @@ def _masked_cross_entropy_interval_kernel(
                 probability = tl.exp(z - shift[None, :]) * inverse[None, :]
             else:
                 wide_y, wide_x = y.to(lane.dtype), x.to(lane.dtype)
-                label, _, taken = read_pixels(
+                label, valid, taken = read_pixels(
                     (target_ptr, target_b_stride, target_y_stride, target_x_stride),
                     (ignore_ptr, ignore_b_stride, ignore_y_stride, ignore_x_stride), ignore_index,
                     (confidence_ptr, confidence_b_stride, confidence_y_stride,
@@ -203,7 +203,7 @@ def _masked_cross_entropy_interval_kernel(
                 scale = pixel_scale(
                     upstream, weight_ptr, image, wide_y, wide_x, label, taken, HAS_WEIGHT
                 )
-                probability, _ = softmax_tile(z)
+                probability, sure = softmax_tile(z)
             gradient = cross_entropy_gradient(probability, classes, label, scale, taken)
             sum_left += wl[None, :] * gradient
             sum_right += wr[None, :] * gradient
@@ -279,10 +279,10 @@ def masked_cross_entropy_backward(
         saved: not used: everything is recomputed.
 
     Returns:
-        [B,K,h,w] in the logits' dtype and, where they are dense, memory format.
+        [B,K,h,w] in the logits' dtype, contiguous.
     """
     check_logits(logits)
-    grad = torch.empty_like(logits)
+    grad = logits.new_empty(logits.shape)
     if target.numel() == 0 or grad.numel() == 0:
         return grad.zero_()
     batch, num_classes = logits.shape[:2]

@@ -212,14 +212,14 @@ def _stability_loss_interval_kernel(
     row_begin, row_end = interval_rows(split, rows, y_reach)
     for dy in range(row_begin, row_end):
         y = y_start + dy
-        at_y, _, _, wt, wb = axis_source(y, h, y_scale, ALIGN_CORNERS)
+        at_y, top, bottom, wt, wb = axis_source(y, h, y_scale, ALIGN_CORNERS)
         in_row = in_grid & (y < height) & (at_y == interval_y)
         z_left = wt[None, :] * z00 + wb[None, :] * z10
         z_right = wt[None, :] * z01 + wb[None, :] * z11
         sum_left, sum_right = tl.zeros_like(z00), tl.zeros_like(z00)
         for dx in range(0, x_reach):
             x = x_start + dx
-            at_x, _, _, wl, wr = axis_source(x, w, x_scale, ALIGN_CORNERS)
+            at_x, left, right, wl, wr = axis_source(x, w, x_scale, ALIGN_CORNERS)
             inside = in_row & (x < width) & (at_x == interval_x)
             z = wl[None, :] * z_left + wr[None, :] * z_right
             z = tl.where((classes < K)[:, None], z, float("-inf"))
@@ -259,7 +259,7 @@ def _stability_loss_interval_kernel(
                 )
                 own, sure = softmax_tile(z)
                 other, other_sure = softmax_tile(z_other)
-                learns, _ = learners(sure, other_sure, threshold, valid)
+                learns, other_learns = learners(sure, other_sure, threshold, valid)
                 dot = tl.sum(own * (own - other), 0)
                 scale = twice
             gradient = squared_distance_gradient(own, other, dot, scale, learns)
@@ -367,12 +367,14 @@ def stability_loss_backward(
         saved_b: not used.
 
     Returns:
-        Gradients in the logits' shapes and dtypes; an empty tensor for the one not wanted.
+        Gradients in the logits' shapes and dtypes, contiguous; an empty tensor for the one not wanted.
     """
     check_pair(logits_a, logits_b)
     students = (logits_a, logits_b)
     needs = (need_a, need_b)
-    grads = [torch.empty_like(z) if n else z.new_empty(0) for z, n in zip(students, needs, strict=True)]
+    grads = [
+        z.new_empty(z.shape) if n else z.new_empty(0) for z, n in zip(students, needs, strict=True)
+    ]
     batch = len(logits_a)
     if batch * height * width == 0:
         return grads[0].zero_(), grads[1].zero_()
