@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from invented import make_run
+
+from co2s_fast.errors import DataError, UsageError
+from co2s_fast.report import write_report
+
+
+class Page(HTMLParser):
+    """What a test asks about a page: sections, pictures, notes and every outside address."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sections, self.images, self.addresses, self.open = [], [], [], []
+        self.text = re.sub(
+            r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style.*?</style>", "", text, flags=re.S))
+        )
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self.sections.append(values["id"])
+        if tag == "img":
+            assert values["alt"]
+            self.images.append(values["src"])
+        self.addresses += [values[k] for k in ("src", "href") if k in values]
+        assert tag not in ("script", "link", "iframe")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def open_page(path) -> Page:
+    return Page(path.read_text())
+
+
+def test_a_whole_run_has_every_section_and_nothing_outside(run_folder):
+    path = write_report(run_folder)
+    assert path == run_folder / "report.html"
+    page = open_page(path)
+    assert page.sections == ["headline", "about", "curves", "classes", "confusion", "panels"]
+    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert "http" not in re.sub(r"data:[^\"]+", "", path.read_text())
+    curves = [image for image in page.images if image.startswith("data:image/svg")]
+    assert len(curves) == 3 + 6 + 3
+    assert len(page.images) - len(curves) == 4 * 6
+    for said in (
+        "co2s on demo", "8 labelled, 248 unlabelled, 64 validation images", "seed 0",
+        "torch 2.8.0", "3f3f3f3f3f3f", "losses by cpp", "best, step 250",
+        "Pseudo-label accuracy", "Stability loss", "only CLIP right", "Disagreement",
+    ):  # fmt: skip
+        assert said in page.text, said
+    assert path.stat().st_size < 2_000_000
+
+
+def test_numbers_are_those_of_the_evaluation(run_folder):
+    page = open_page(write_report(run_folder))
+    scores = json.loads((run_folder / "eval.json").read_text())["students"]
+    for student in scores.values():
+        assert f"{100 * student['miou']:.1f} % mIoU" in page.text
+        assert f"{student['kappa']:.3f}" in page.text
+        assert f"{100 * student['iou'][0]:.1f}" in page.text
+
+
+def test_an_absent_class_is_na_and_said_to_be_left_out(run_folder):
+    text = open_page(write_report(run_folder)).text
+    assert "Not in the ground truth: roof" in text
+    assert "means run over the classes present in the ground truth" in text
+    assert re.search(r"roof 0\.0( n/a){6}", text)
+    assert "n/a: no pixel in the ground truth" in text
+
+
+def test_a_run_that_was_stopped_before_its_evaluation(tmp_path):
+    folder = make_run(tmp_path / "run", evaluated=False, steps=120)
+    page = open_page(write_report(folder))
+    assert page.sections == ["headline", "about", "curves", "classes"]
+    assert "stopped at step 120 of 300" in page.text
+    assert "run co2s-fast eval" in page.text
+
+
+def test_a_run_without_pseudo_labels_and_with_one_student(tmp_path):
+    folder = make_run(tmp_path / "run", method="onlysup", students=("clip",))
+    page = open_page(write_report(folder))
+    assert "onlysup uses no pseudo-labels" in page.text
+    assert "SSM" not in page.text
+    assert "Disagreement" not in page.text
+    assert len([i for i in page.images if i.startswith("data:image/svg")]) == 3 + 2 + 3
+
+
+def test_a_run_that_has_only_just_begun(tmp_path):
+    folder = make_run(tmp_path / "run", evaluated=False)
+    (folder / "metrics.jsonl").write_text("")
+    page = open_page(write_report(folder))
+    assert page.sections == ["about"]
+    assert "Nothing has been logged yet" in page.text
+
+
+def test_an_evaluation_alone(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    (folder / "config.yaml").unlink()
+    page = open_page(write_report(folder))
+    assert page.sections == ["headline", "about", "classes", "confusion", "panels"]
+    assert "no config.yaml" in page.text
+
+
+def test_a_last_line_cut_short_is_passed_over(run_folder):
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert "curves" in open_page(write_report(run_folder)).sections
+
+
+def test_names_are_escaped(tmp_path):
+    folder = make_run(tmp_path / "run")
+    content = json.loads((folder / "eval.json").read_text())
+    content["classes"][0]["name"] = "<b>field"
+    (folder / "eval.json").write_text(json.dumps(content))
+    assert "<b>field" not in write_report(folder).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.yaml", "a: [", r"config\.yaml is not YAML"),
+        ("eval.json", "{", r"eval\.json is not JSON"),
+        ("eval.json", "[]", r"eval\.json: expected an evaluation"),
+        ("metrics.jsonl", "{\n{}\n", r"metrics\.jsonl, line 1: not JSON"),
+    ],
+)
+def test_damaged_files_are_named(run_folder, name, content, said):
+    (run_folder / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        write_report(run_folder)
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="expected a run folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="found none of them"):
+        write_report(tmp_path)
