@@ -1,0 +1,130 @@
+"""What the commands `train`, `eval` and `predict` do: options in, engine calls, a text or paths out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from co2s_fast.data import open_split, val_dataset
+from co2s_fast.engine.config import CONFIG_FILE, RunConfig, load_config
+from co2s_fast.engine.evaluation import BOTH, evaluate, wanted_predictions, write_evaluation
+from co2s_fast.engine.metrics import format_table
+from co2s_fast.engine.runs import checkpoint_step, load_run
+from co2s_fast.errors import UsageError
+
+EVALUATION_FILE = "eval.json"
+PANELS_FOLDER = "panels"
+
+
+def train_from_options(
+    *,
+    resume: bool,
+    resume_if_exists: bool,
+    dry_run: bool,
+    recipe: str | None,
+    overrides: Sequence[str],
+    **options: Any,
+) -> RunConfig:
+    """`co2s-fast train`: put the configuration together, train it, write evaluation and report.
+
+    Raises:
+        UsageError, DataError: see `load_config` and `Trainer`.
+    """
+    from co2s_fast.engine.trainer import train
+
+    config = load_config(recipe, overrides, nested_options(options))
+    if resume and not (config.folder / CONFIG_FILE).is_file():
+        raise UsageError(f"--resume: {config.folder} holds no run (no {CONFIG_FILE})")
+    if resume_if_exists:
+        resume = (config.folder / CONFIG_FILE).is_file()
+    train(config, resume=resume, dry_run=dry_run)
+    return config
+
+
+def nested_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Command-line options as the nested configuration they change; absent ones are left out."""
+    data = {
+        "dataset": options.get("dataset"),
+        "root": options.get("data_root"),
+        "ratio": options.get("ratio"),
+        "labels": options.get("labels"),
+        "split": options.get("split"),
+    }
+    data = {key: value for key, value in data.items() if value is not None}
+    nested: dict[str, Any] = {"data": data} if data else {}
+    if options.get("method") is not None:
+        nested["method"] = {"name": options["method"]}
+    nested |= {key: options[key] for key in ("seed", "out") if options.get(key) is not None}
+    return nested
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def evaluate_run(
+    run: Path,
+    *,
+    student: str = "all",
+    checkpoint: str = "best",
+    mode: str | None = None,
+    data_root: Path | None = None,
+) -> str:
+    """`co2s-fast eval`: score a run on its validation images.
+
+    Scoring everything ("all") also writes RUN/eval.json and the pictures of the report.
+
+    Returns:
+        A table of per-class and mean scores.
+    """
+    device = default_device()
+    config, spec, students = load_run(run, checkpoint, device=device)
+    wanted_predictions(students, student)  # a wrong name is told before any data is read
+    data = config.data if data_root is None else config.data.model_copy(update={"root": data_root})
+    settings = config.eval.model_copy(update={"student": student} | ({"mode": mode} if mode else {}))
+    split = open_split(data, spec)
+    panels = run / PANELS_FOLDER if student == "all" else None
+    items = val_dataset(split.val, spec, data)
+    results = evaluate(students, items, spec, settings, device, panels=panels)
+    about = checkpoint_step(run, checkpoint)
+    if student == "all":
+        write_evaluation(
+            run / EVALUATION_FILE, results, spec, settings, checkpoint=checkpoint,
+            step=about["step"], epoch=about["epoch"], images=len(split.val),
+        )  # fmt: skip
+    head = f"{run}, {checkpoint} checkpoint (step {about['step']}), {len(split.val)} images"
+    return f"{head}\n{format_table(results)}"
+
+
+def predict_run(
+    run: Path,
+    images: Sequence[str],
+    *,
+    out: Path,
+    validation: int | None = None,
+    student: str = BOTH,
+    checkpoint: str = "best",
+    overlay: bool = False,
+) -> list[Path]:
+    """`co2s-fast predict`: write a class map for every image.
+
+    Raises:
+        UsageError: neither images nor `validation` are given, or both.
+    """
+    from co2s_fast.engine.prediction import predict
+
+    if bool(images) == (validation is not None):
+        raise UsageError("predict: name images, folders or globs, or give --val N; one of the two")
+    device = default_device()
+    config, spec, students = load_run(run, checkpoint, device=device)
+    if validation is not None:
+        split = open_split(config.data, spec)
+        images = [str(item.image) for item in split.val[:validation]]
+    return predict(
+        students, images, out, spec, config=config.eval, data=config.data, device=device,
+        student=student, overlay=overlay,
+    )  # fmt: skip
