@@ -1,0 +1,83 @@
+"""Two processes under torchrun do what one process does on the same global batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from co2s_fast.engine import distributed
+from co2s_fast.engine.log import read_metrics
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+REPOSITORY = Path(__file__).parents[2]
+
+
+def launch(processes: int, *arguments: str) -> None:
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                   "PYTHONPATH": str(REPOSITORY)}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *launcher, str(WORKER), *arguments],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def write_config(path: Path, content: dict) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, {key: float(value) for key, value in file.metadata().items()}
+
+
+def test_two_processes_have_the_gradients_of_one(run_content, tmp_path) -> None:
+    content = run_content()
+    # so low that untrained students have pseudo-labels, and in different numbers per rank
+    content["method"]["threshold"] = 0.36
+    config = write_config(tmp_path / "config.yaml", content)
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.safetensors"
+        launch(processes, "gradients", config, str(out))
+        found[processes] = read(out)
+    (one, losses), (two, losses_two) = found[1], found[2]
+    assert losses.keys() == losses_two.keys()
+    for key, value in losses.items():
+        assert losses_two[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
+    assert losses["clip/s1"] > 0 and losses["ssm/fp"] > 0
+    assert losses["clip/stability"] + losses["ssm/stability"] > 0
+    assert one.keys() == two.keys() and len(one) > 50
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-6, atol=1e-12, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_write_one_run(run_content, tmp_path) -> None:
+    config = write_config(tmp_path / "config.yaml", run_content(steps=4, eval_every=2))
+    launch(2, "train", config)
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [r["kind"] for r in records] == ["start", "train", "eval", "train", "eval"]
+    assert records[0]["world"] == 2
+    assert (tmp_path / "run/checkpoints/last/state.json").is_file()
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks = distributed.start("cpu")
+    assert (ranks.rank, ranks.world, ranks.is_main) == (0, 1, True)
+    assert distributed.any_rank(True) and not distributed.any_rank(False)
+    assert distributed.gather_objects("a") == ["a"]
+    distributed.finish()
