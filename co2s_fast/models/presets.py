@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 # Patch 16 gives an 8 x 8 token grid at 128 pixels; the convolutional stem supplies the fine detail
 # through the decoder's skips, at strides 8 and 4, where the decoder needs it.
 _TINY_DECODER: dict[str, Any] = {
-    "channels": 64,
-    "text_channels": 64,
-    "skip_channels": (24, 16),
-    "up_channels": (32, 16),
+    "channels": 48,
+    "text_channels": 48,
+    "skip_channels": (16, 8),
+    "up_channels": (24, 8),
     "layers": 1,
     "pool": (2, 2),
     "rates": (1, 3),
@@ -80,14 +80,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def tiny_clip_config(**changes: Any) -> StudentConfig:
-    """A CLIP-style student of about 1.3 M parameters, to train from scratch on a CPU."""
+    """A CLIP-style student of about 1.1 M parameters, to train from scratch on a CPU."""
     from co2s_fast.models.config import StudentConfig
 
     return StudentConfig(model="tiny-clip", **changes)
 
 
 def tiny_ssm_config(**changes: Any) -> StudentConfig:
-    """A DINOv3-style student of about 1.3 M parameters, to train from scratch on a CPU."""
+    """A DINOv3-style student of about 1.1 M parameters, to train from scratch on a CPU."""
     from co2s_fast.models.config import StudentConfig
 
     return StudentConfig(model="tiny-ssm", **changes)
