@@ -236,8 +236,10 @@ def format_table(results: dict[str, Metrics]) -> str:
     for metrics in results.values():
         mean += [percent(metrics.miou), percent(metrics.mean_f1)]
     rows.append(mean)
-    rows.append(["overall accuracy", "", *_spread(results, "overall_accuracy")])
-    rows.append(["kappa", "", *_spread(results, "kappa")])
+    accuracy = [percent(metrics.overall_accuracy) for metrics in results.values()]
+    kappa = ["n/a" if m.kappa is None else f"{m.kappa:.4f}" for m in results.values()]
+    for label, cells in (("overall accuracy", accuracy), ("kappa", kappa)):
+        rows.append([label, ""] + [part for cell in cells for part in (cell, "")])
 
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = [
@@ -255,9 +257,3 @@ def format_table(results: dict[str, Metrics]) -> str:
     if absent:
         note = f"not in the ground truth: {', '.join(absent)} {note}"
     return "\n".join([*lines, note])
-
-
-def _spread(results: dict[str, Metrics], attribute: str) -> list[str]:
-    return [
-        cell for metrics in results.values() for cell in (percent(getattr(metrics, attribute)), "")
-    ]

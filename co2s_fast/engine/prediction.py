@@ -106,7 +106,7 @@ def predict(
         desc="predict",
         unit="MP",
         disable=not progress,
-        bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]",
+        bar_format="{l_bar}{bar}| {n:.2f}/{total:.2f} MP [{elapsed}<{remaining}, {rate_noinv_fmt}]",
     )
     with bar, evaluating(running, config, device):
         for source, target in left:

@@ -70,6 +70,7 @@ def test_table_names_the_rule_and_the_absent_class():
     text = format_table({"clip": small(), "both": small()})
     assert "clip IoU" in text and "both F1" in text
     assert "n/a" in text
+    assert f"{small().kappa:.4f}" in text
     assert "not in the ground truth: roof" in text
     assert str(small()).splitlines()[0].startswith("class")
 

@@ -45,9 +45,8 @@ def open_page(path) -> Page:
     return Page(path.read_text())
 
 
-def test_a_whole_run_has_every_section_and_nothing_outside(run_folder):
-    path = write_report(run_folder)
-    assert path == run_folder / "report.html"
+def test_a_whole_run_has_every_section_and_nothing_outside(reported):
+    path = reported / "report.html"
     page = open_page(path)
     assert page.sections == ["headline", "about", "curves", "classes", "confusion", "panels"]
     assert all(address.startswith("data:image/") for address in page.addresses)
@@ -64,17 +63,17 @@ def test_a_whole_run_has_every_section_and_nothing_outside(run_folder):
     assert path.stat().st_size < 2_000_000
 
 
-def test_numbers_are_those_of_the_evaluation(run_folder):
-    page = open_page(write_report(run_folder))
-    scores = json.loads((run_folder / "eval.json").read_text())["students"]
+def test_numbers_are_those_of_the_evaluation(reported):
+    page = open_page(reported / "report.html")
+    scores = json.loads((reported / "eval.json").read_text())["students"]
     for student in scores.values():
         assert f"{100 * student['miou']:.1f} % mIoU" in page.text
         assert f"{student['kappa']:.3f}" in page.text
         assert f"{100 * student['iou'][0]:.1f}" in page.text
 
 
-def test_an_absent_class_is_na_and_said_to_be_left_out(run_folder):
-    text = open_page(write_report(run_folder)).text
+def test_an_absent_class_is_na_and_said_to_be_left_out(reported):
+    text = open_page(reported / "report.html").text
     assert "Not in the ground truth: roof" in text
     assert "means run over the classes present in the ground truth" in text
     assert re.search(r"roof 0\.0( n/a){6}", text)
@@ -116,13 +115,15 @@ def test_an_evaluation_alone(tmp_path):
 
 
 def test_a_last_line_cut_short_is_passed_over(run_folder):
-    with (run_folder / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')
-    assert "curves" in open_page(write_report(run_folder)).sections
+    begun = '{"kind": "start", "seed": 7}\n{"kind": "train", "st'
+    (run_folder / "metrics.jsonl").write_text(begun)
+    path = write_report(run_folder)
+    assert path == run_folder / "report.html"
+    assert "seed 7" in open_page(path).text
 
 
 def test_names_are_escaped(tmp_path):
-    folder = make_run(tmp_path / "run")
+    folder = make_run(tmp_path / "run", steps=0)
     content = json.loads((folder / "eval.json").read_text())
     content["classes"][0]["name"] = "<b>field"
     (folder / "eval.json").write_text(json.dumps(content))
