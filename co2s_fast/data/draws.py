@@ -9,12 +9,12 @@ CVPR 2023), with the reference-scale resize of SemiVL.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
 
 JITTER_PROBABILITY = 0.8
 GRAY_PROBABILITY = 0.2
@@ -102,13 +102,37 @@ class Recipe:
     scale_range: tuple[float, float] = (0.5, 2.0)
 
 
-def generator(seed: int, step: int, position: int, stream: int) -> np.random.Generator:
+class Generator:
+    """A stream of uniform numbers: Python's Mersenne Twister, seeded by a key of integers.
+
+    Several times quicker per scalar than NumPy's generators. Only `random()` is used, whose
+    sequence does not change between Python versions.
+    """
+
+    def __init__(self, *key: int) -> None:
+        digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=16).digest()
+        self.random = random.Random(int.from_bytes(digest, "little")).random
+
+    def uniform(self, low: float, high: float) -> float:
+        """A number in [low, high)."""
+        return low + (high - low) * self.random()
+
+    def integer(self, low: int, high: int) -> int:
+        """An integer in [low, high], both included."""
+        return low + int(self.random() * (high - low + 1))
+
+    def permutation(self, count: int) -> tuple[int, ...]:
+        """The numbers 0 .. count - 1 in random order."""
+        left = list(range(count))
+        return tuple(left.pop(self.integer(0, len(left) - 1)) for _ in range(count))
+
+
+def generator(seed: int, step: int, position: int, stream: int) -> Generator:
     """The generator of one image: stream is LABELED or UNLABELED, position counts globally."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step, position,
-                                                                        stream))))
+    return Generator(seed, step, position, stream)
 
 
-def draw(rng: np.random.Generator, height: int, width: int, recipe: Recipe, strong: bool) -> Draws:
+def draw(rng: Generator, height: int, width: int, recipe: Recipe, strong: bool) -> Draws:
     """Draw everything for an image of that size."""
     geometry = draw_geometry(rng, height, width, recipe)
     if not strong:
@@ -117,16 +141,15 @@ def draw(rng: np.random.Generator, height: int, width: int, recipe: Recipe, stro
     return Draws(geometry, colours, (draw_box(rng, recipe.crop), draw_box(rng, recipe.crop)))
 
 
-def draw_geometry(rng: np.random.Generator, height: int, width: int, recipe: Recipe) -> Geometry:
+def draw_geometry(rng: Generator, height: int, width: int, recipe: Recipe) -> Geometry:
     """Random rescale, crop and horizontal flip."""
     new_height, new_width = draw_size(rng, height, width, recipe)
-    top = int(rng.integers(max(new_height - recipe.crop, 0) + 1))
-    left = int(rng.integers(max(new_width - recipe.crop, 0) + 1))
-    return Geometry(new_height, new_width, top, left, recipe.crop, bool(rng.random() < 0.5))
+    top = rng.integer(0, max(new_height - recipe.crop, 0))
+    left = rng.integer(0, max(new_width - recipe.crop, 0))
+    return Geometry(new_height, new_width, top, left, recipe.crop, rng.random() < 0.5)
 
 
-def draw_size(rng: np.random.Generator, height: int, width: int,
-              recipe: Recipe) -> tuple[int, int]:
+def draw_size(rng: Generator, height: int, width: int, recipe: Recipe) -> tuple[int, int]:
     """Size of the whole image after the random rescale.
 
     native: the long side is a uniform integer in [floor(lo L), floor(hi L)], the other follows,
@@ -136,7 +159,7 @@ def draw_size(rng: np.random.Generator, height: int, width: int,
     low, high = recipe.scale_range
     if recipe.scale == "native":
         side = max(height, width)
-        long = int(rng.integers(math.floor(low * side), math.floor(high * side) + 1))
+        long = rng.integer(math.floor(low * side), math.floor(high * side))
         short = int(min(height, width) * long / side + 0.5)
         size = (long, short) if height >= width else (short, long)
     else:
@@ -151,22 +174,21 @@ def fit(height: int, width: int, box: Sequence[int]) -> tuple[int, int]:
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
-def draw_colour(rng: np.random.Generator) -> Colour:
+def draw_colour(rng: Generator) -> Colour:
     """Colour jitter, grey and blur of one strong view.
 
     Every number is drawn whether it is used or not, so that one choice does not shift the next.
     """
-    jitter, gray, blur = rng.random(3) < (JITTER_PROBABILITY, GRAY_PROBABILITY, BLUR_PROBABILITY)
-    order = tuple(int(i) for i in rng.permutation(4))
-    low, high = zip(BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR_SIGMA, strict=True)
-    values = [float(v) for v in rng.uniform(low, high)]
-    sigma = values[4] if blur else 0.0
-    if not jitter:
-        return Colour(gray=bool(gray), sigma=sigma)
-    return Colour(order, *values[:4], gray=bool(gray), sigma=sigma)
+    jitter = rng.random() < JITTER_PROBABILITY
+    gray = rng.random() < GRAY_PROBABILITY
+    blur = rng.random() < BLUR_PROBABILITY
+    order = rng.permutation(4)
+    values = [rng.uniform(*bounds) for bounds in (BRIGHTNESS, CONTRAST, SATURATION, HUE)]
+    sigma = rng.uniform(*BLUR_SIGMA)
+    return Colour(*((order, *values) if jitter else ()), gray=gray, sigma=sigma if blur else 0.0)
 
 
-def draw_box(rng: np.random.Generator, size: int) -> tuple[int, int, int, int]:
+def draw_box(rng: Generator, size: int) -> tuple[int, int, int, int]:
     """A CutMix box (x1, y1, x2, y2), half open, or zeros.
 
     The area is drawn once; aspect and corner are redrawn until the box fits.
@@ -176,6 +198,6 @@ def draw_box(rng: np.random.Generator, size: int) -> tuple[int, int, int, int]:
     while True:
         aspect = rng.uniform(*BOX_ASPECT)  # height / width
         width, height = int(math.sqrt(area / aspect)), int(math.sqrt(area * aspect))
-        x, y = (int(v) for v in rng.integers(0, size, 2))
+        x, y = rng.integer(0, size - 1), rng.integer(0, size - 1)
         if x + width <= size and y + height <= size:
             return (x, y, x + width, y + height) if present else (0, 0, 0, 0)

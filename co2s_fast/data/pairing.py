@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,10 @@ def find_sources(raw: Path, spec: DatasetSpec) -> list[Source]:
     check_templates(spec.files)
     if not raw.is_dir():
         raise DataError(f"raw folder {raw}: missing")
-    names = sorted(p.relative_to(raw).as_posix() for p in raw.rglob("*") if p.is_file())
+    names = sorted(
+        Path(folder, name).relative_to(raw).as_posix()
+        for folder, _, files in os.walk(raw, followlinks=True) for name in files
+    )
     image_pattern = pattern(spec.files.images)
     sources = [_source(raw, name, match, spec.files)
                for name in names if (match := image_pattern.fullmatch(name))]

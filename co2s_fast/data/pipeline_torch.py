@@ -121,11 +121,12 @@ class StepDataset(Dataset):
         crop = crop_image(image, drawn.geometry, self.antialias)
         out: dict[str, NDArray | str] = {"ignore": padding_map(drawn.geometry),
                                          "unlabeled_files": item.name}
+        pixels = _channels_first(crop)
         if "w" in self.views:
-            out["w"] = _channels_first(crop)
+            out["w"] = pixels
         for name, number in (("s1", 0), ("s2", 1)):
             if name in self.views:
-                out[name] = _channels_first(strong_view(crop, drawn.colours[number]))
+                out[name] = strong_view(pixels, drawn.colours[number])
                 out[f"boxes{number + 1}"] = np.array(drawn.boxes[number], np.int32)
         if self.truth:
             out["truth"] = self._truth(item, image.size, drawn.geometry)
@@ -146,7 +147,7 @@ def _same_size(item: Item, size: tuple[int, int], label: NDArray) -> None:
 
 
 def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _stack(samples: list[dict[str, NDArray | str]]) -> dict[str, Tensor | list[str]]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image
 
 from co2s_fast.data.catalogue import IGNORE
+from co2s_fast.data.colour import blur, recolour
 from co2s_fast.data.draws import Colour, Geometry
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 def crop_image(image: Image.Image, geometry: Geometry, antialias: bool) -> Image.Image:
     """The crop of an image: resized, zero padded at right and bottom, flipped."""
     size, box = _window(image.size, geometry)
-    if antialias:
+    # Enlarging, Pillow's resize is plain bilinear too, and quicker than its affine transform.
+    if antialias or (geometry.width >= image.width and geometry.height >= image.height):
         crop = image.resize(size, Image.Resampling.BILINEAR, box=box)
     else:
         step_x, step_y = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
@@ -67,30 +69,11 @@ def _window(
 
 
 def _nearest(source: int, target: int, start: int, count: int) -> NDArray[np.intp]:
-    positions = (np.arange(start, start + count) + 0.5) * (source / target)
-    return np.minimum(positions.astype(np.intp), source - 1)
+    """Source pixel that holds each target pixel's centre, in whole numbers: no rounding."""
+    return (2 * np.arange(start, start + count) + 1) * source // (2 * target)
 
 
-def strong_view(image: Image.Image, colour: Colour) -> Image.Image:
-    """Colour jitter, grey and blur, with torchvision's meaning of each on Pillow images."""
-    for part in colour.order:
-        if part == 0:
-            image = ImageEnhance.Brightness(image).enhance(colour.brightness)
-        elif part == 1:
-            image = ImageEnhance.Contrast(image).enhance(colour.contrast)
-        elif part == 2:
-            image = ImageEnhance.Color(image).enhance(colour.saturation)
-        else:
-            image = _shift_hue(image, colour.hue)
-    if colour.gray:
-        image = image.convert("L").convert("RGB")
-    if colour.sigma:
-        image = image.filter(ImageFilter.GaussianBlur(colour.sigma))
-    return image
-
-
-def _shift_hue(image: Image.Image, turns: float) -> Image.Image:
-    hue, saturation, value = image.convert("HSV").split()
-    shift = int(turns * 255)
-    hue = hue.point([(i + shift) % 256 for i in range(256)])
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+def strong_view(pixels: NDArray[np.uint8], colour: Colour) -> NDArray[np.uint8]:
+    """Colour jitter, grey and blur of a crop [C, H, W], in this order."""
+    pixels = recolour(pixels, colour)
+    return blur(pixels, colour.sigma) if colour.sigma else pixels

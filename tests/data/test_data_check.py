@@ -1,0 +1,134 @@
+"""What `data check` finds, and what `open_split` refuses before any training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy_data import truncate, two_classes, write_raw
+
+from co2s_fast.data import DataConfig, check_dataset, create_split, open_split, prepare_dataset
+from co2s_fast.errors import DataError
+
+NAMES = [f"a/{p}" for p in range(6)]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    raw = write_raw(tmp_path / "raw", NAMES, size=(32, 64))
+    root, spec = tmp_path / "toy", two_classes(val=["a/5"], tile={})
+    prepare_dataset(raw, root, spec, progress=False)
+    create_split(root, spec, labels=2, progress=False)
+    return root, spec, DataConfig(root=root, labels=2, batch_size=1)
+
+
+def labeled_name(root):
+    return (root / "splits/labels_2/labeled.txt").read_text().split()[0].split("/")[1]
+
+
+def test_report_of_a_good_folder(tree):
+    _, spec, config = tree
+    report = check_dataset(config, spec, progress=False)
+    assert report.problems == [] and report.warnings == []
+    assert (report.images, report.labels, report.sizes) == (6, 6, {"64 x 32": 6})
+    assert report.pixels == {"land": 6 * 32 * 32, "sea": 6 * 32 * 32, "ignored": 0}
+    assert report.lists == {"labels_2/labeled": 2, "labels_2/unlabeled": 3, "labels_2/val": 1}
+    assert json.loads(report.to_json())["pixels"] == report.pixels
+    text = str(report)
+    assert "no problems" in text and "50.00%" in text and "64 x 32" in text
+    report.raise_problems()
+
+
+def damage(root, kind, name, how):
+    path = root / kind / name
+    if how == "truncate":
+        truncate(path)
+    elif how == "remove":
+        path.unlink()
+    elif how == "resize":
+        Image.new("L" if kind == "labels" else "RGB", (9, 7)).save(path)
+    elif how == "value":
+        Image.fromarray(np.full((32, 64), 77, np.uint8)).save(path)
+    else:
+        path.write_bytes(b"not an image")
+    return path
+
+
+@pytest.mark.parametrize(("kind", "how", "expected"), [
+    ("images", "truncate", "damaged"),
+    ("images", "garbage", "damaged or not an image"),
+    ("images", "remove", "missing file"),
+    ("labels", "truncate", "damaged"),
+    ("labels", "remove", "missing file"),
+    ("labels", "resize", "9 x 7 pixels, its image"),
+    ("labels", "value", "undeclared value 77 in 2048 pixels"),
+])
+def test_each_damage_is_found_by_the_check_and_before_training(tree, kind, how, expected):
+    root, spec, config = tree
+    path = damage(root, kind, labeled_name(root), how)
+    with pytest.raises(DataError, match=expected) as caught:
+        open_split(config, spec)
+    assert path.name in str(caught.value) and "\n" not in str(caught.value)
+    report = check_dataset(config, spec, progress=False)
+    assert any(expected in p and path.name in p for p in report.problems)
+    assert f"problem: {report.problems[0]}" in str(report)
+
+
+@pytest.mark.parametrize("how", ["truncate", "garbage", "resize"])
+def test_unlabelled_images_are_looked_at_too(tree, how):
+    root, spec, config = tree
+    name = (root / "splits/labels_2/unlabeled.txt").read_text().split()[0].split("/")[1]
+    damage(root, "images", name, how)
+    with pytest.raises(DataError, match=name):
+        open_split(config, spec)
+
+
+def test_a_class_never_seen(tree):
+    root, spec, config = tree
+    for path in (root / "labels").iterdir():
+        Image.new("L", (64, 32), 1).save(path)
+    with pytest.raises(DataError, match="class land: no pixel in any of 2 labelled images"):
+        open_split(config, spec)
+    warned = open_split(config.model_copy(update={"missing_classes": "warn"}), spec)
+    assert any("class land" in note for note in warned.notes)
+    assert "class land: no pixel in any label" in check_dataset(config, spec,
+                                                                progress=False).problems
+
+
+def test_a_missing_class_is_said_when_a_split_is_made(tree):
+    root, spec, _ = tree
+    for path in (root / "labels").iterdir():
+        Image.new("L", (64, 32), 1).save(path)
+    created = create_split(root, spec, labels=3, progress=False)
+    assert "warning: no labelled image shows land" in created.notes
+
+
+def test_lists_are_checked(tree):
+    root, spec, config = tree
+    folder = root / "splits" / "bad"
+    shutil.copytree(root / "splits" / "labels_2", folder)
+    (folder / "labeled.txt").write_text("../x.png labels/a_5.png\nimages/a_5.png labels/a_5.png\n")
+    (root / "labels" / "stray.png").write_bytes(b"")
+    report = check_dataset(config.model_copy(update={"batch_size": 8}), spec, progress=False)
+    text = "\n".join(report.problems)
+    assert "outside the data root" in text and "both labeled.txt and val.txt" in text
+    assert "stray.png: label without an image" in text
+    assert any("fewer than a batch of 8" in w for w in report.warnings)
+    with pytest.raises(DataError):
+        report.raise_problems()
+
+
+def test_groups_in_both_lists_are_warned_about(tmp_path):
+    raw = write_raw(tmp_path / "raw", ["a/1", "a/2"], size=(64, 64))
+    root, spec = tmp_path / "toy", two_classes()
+    prepare_dataset(raw, root, spec, progress=False)
+    folder = root / "splits" / "mixed"
+    folder.mkdir(parents=True)
+    for list_, name in (("labeled", "a_1_0_0"), ("val", "a_1_32_0"), ("unlabeled", "a_2_0_0")):
+        (folder / f"{list_}.txt").write_text(f"images/{name}.png labels/{name}.png\n")
+    report = check_dataset(DataConfig(root=root, batch_size=1), spec, progress=False)
+    assert any("1 groups are in both training and validation, for example a/1" in w
+               for w in report.warnings)
