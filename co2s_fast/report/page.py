@@ -78,7 +78,9 @@ def page(run: Run) -> dict[str, Any]:
         if run.config else "",
         "figures": figures(run, names),
         "table": class_table(run, metrics),
-        "confusions": [confusion(name, m) for name, m in reversed(metrics.items())],
+        "confusions": [
+            confusion(n, metrics[n]) for n in sorted(metrics, key=lambda n: n != "both")
+        ],
         "panels": panel_rows(run),
         "disagreement": [
             (text.format(*(SHORT_NAMES.get(n, n) for n in names if n != "both")), color)
@@ -180,7 +182,7 @@ def about(run: Run) -> list[tuple[str, str]]:
             else "",
         ),
         ("command", start.get("command", "")),
-        ("method", run.method),
+        ("method", run.method if run.config or start else ""),
         ("dataset", run.dataset),
         ("labelled share", _split(run)),
         ("seed", "" if run.seed is None else str(run.seed)),
