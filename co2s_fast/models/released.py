@@ -57,7 +57,7 @@ def load_released(path: str | Path, classes: Sequence[Named]) -> Student:
             f"weights {path}: trained for {len(queries)} classes, the dataset has {len(classes)}"
         )
     renamed: State = translate(lambda s: student_from_official(s, backbone), state, path)
-    student = build_student(released_config(backbone), classes, seed=0)
+    student = build_student(released_config(backbone), classes, seed=0, load=False)
     load_strictly(student, renamed, path)
     gammas = [value for name, value in renamed.items() if ".gamma_" in name]
     student.provenance |= {

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from co2s_fast.errors import UsageError
-from co2s_fast.models.config import StudentConfig
+from co2s_fast.models.config import StudentConfig, TextConfig
 from co2s_fast.models.decoder import QueryDecoder
 from co2s_fast.models.queries import Named, text_queries
 
@@ -177,7 +177,13 @@ def _draw_mask(level: Tensor, drop: float, generator: torch.Generator | None) ->
     return (draws >= drop).to(level.device, non_blocking=True)
 
 
-def build_student(config: StudentConfig, classes: Sequence[Named], *, seed: int) -> Student:
+class RandomBackboneWarning(UserWarning):
+    """A backbone that is to stay mostly as it is starts from random weights."""
+
+
+def build_student(
+    config: StudentConfig, classes: Sequence[Named], *, seed: int, load: bool = True
+) -> Student:
     """A student with seeded initialisation and, where asked for, loaded weights left as they are.
 
     `provenance` holds `source` ("random" or the weights' name), `model`, `sha256` of the
@@ -189,12 +195,22 @@ def build_student(config: StudentConfig, classes: Sequence[Named], *, seed: int)
         config: what to build.
         classes: the dataset's classes in label order; `name` and `concepts` are read.
         seed: of every random initial value.
+        load: False reads no weights and runs no text tower: a student of the same shape for a
+            state dict that follows. Its fixed class vectors are NaN until then.
 
     Raises:
         UsageError, DataError: a configuration or a file that cannot work.
     """
     from co2s_fast.models.loading import build_clip_backbone, build_timm_backbone, checksum
 
+    if not load:
+        text = TextConfig(source="checkpoint")
+        bare = config.model_copy(update={"weights": None, "text": text})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RandomBackboneWarning)
+            student = build_student(bare, classes, seed=seed)
+        student.config = config
+        return student
     if not classes:
         raise UsageError("classes must not be empty")
     with torch.random.fork_rng(devices=[]):
@@ -221,6 +237,7 @@ def build_student(config: StudentConfig, classes: Sequence[Named], *, seed: int)
         warnings.warn(
             f"backbone {config.model!r} starts from random weights, yet trainable="
             f"{config.trainable!r}: most of it will stay random",
+            RandomBackboneWarning,
             stacklevel=2,
         )
     student = Student(config, backbone, decoder, queries, provenance)

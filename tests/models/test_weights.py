@@ -87,6 +87,21 @@ def test_training_moves_only_attention(dino_file, small_decoder, classes):
         assert same == (".attn." not in name), name
 
 
+def test_a_bare_student_takes_a_state_dict(clip_files, small_decoder, classes, recwarn):
+    text = {"source": "open_clip", "model": clip_files[0], "weights": clip_files[1]}
+    config = clip_config(clip_files, small_decoder, text=text)
+    trained = build_student(config, classes, seed=0).eval()
+    absent = {"weights": "/nowhere/x.pth", "text": {"source": "file", "path": "/nowhere/x.npy"}}
+    gone = clip_config(clip_files, small_decoder, **absent)
+    bare = build_student(gone, classes, seed=1, load=False).eval()
+    assert not recwarn.list
+    assert bare.config is gone
+    assert bare.queries.isnan().all()
+    bare.load_state_dict(trained.state_dict())
+    images = torch.rand(1, 3, 40, 64)
+    assert torch.equal(bare(images), trained(images))
+
+
 def test_checksum_sees_every_bit():
     layer = torch.nn.Linear(3, 2)
     before = checksum(layer)
