@@ -13,7 +13,7 @@ from co2s_fast.data.catalogue import DatasetSpec, load_dataset, parse_dataset
 from co2s_fast.engine.checkpoint import load_weights, read_arrays, read_state
 from co2s_fast.engine.config import RunConfig, read_run_config, read_yaml
 from co2s_fast.errors import DataError
-from co2s_fast.models import Student, StudentConfig, TextConfig, build_student
+from co2s_fast.models import Student, StudentConfig, build_student
 
 SPEC_FILE = "dataset.yaml"
 
@@ -95,13 +95,7 @@ def checkpoint_step(folder: Path | str, which: Literal["best", "last"] = "best")
 
 def bare_student(config: StudentConfig, spec: DatasetSpec) -> Student:
     """A student of the same shape without pretrained weights, to load a checkpoint into."""
-    changes: dict[str, Any] = {"weights": None, "text": TextConfig(source="hash")}
-    if config.backbone == "clip" and config.weights == "openai" and config.activation is None:
-        # open_clip gives OpenAI's weights their activation whatever the model's name says.
-        changes["activation"] = "quick_gelu"
-    student = build_student(config.model_copy(update=changes), spec.classes, seed=0)
-    student.config = config
-    return student
+    return build_student(config, spec.classes, seed=0, load=False)
 
 
 def student_arrays(students: dict[str, nn.Module]) -> dict[str, dict[str, torch.Tensor]]:
