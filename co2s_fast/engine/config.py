@@ -219,7 +219,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             content = {key: content}
         nested = merge(nested, content)
     if wrong:
-        raise UsageError(f"--set: expected KEY=VALUE like train.steps=500, found {', '.join(wrong)}")
+        found = ", ".join(wrong)
+        raise UsageError(f"--set: expected KEY=VALUE like train.steps=500, found {found}")
     return nested
 
 
@@ -286,7 +287,7 @@ RESUMABLE = {"out", "data.root", "data.workers", "train.device", "train.tensorbo
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """What keeps `now` from continuing a run of `before`, as `key: old, now new`."""
-    old, new = dict(flatten(before.model_dump(mode="json"))), dict(flatten(now.model_dump(mode="json")))
+    old, new = (dict(flatten(config.model_dump(mode="json"))) for config in (before, now))
     return [
         f"{key}: {old.get(key)!r} in the run, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())

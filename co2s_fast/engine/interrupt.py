@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -43,3 +45,21 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes started inside never see SIGTERM and SIGINT; this one sees them afterwards.
+
+    `timeout`, batch systems and Ctrl-C signal a whole process group. Loader workers must outlive
+    that: their death would reach this process as an exception in the middle of a step. They leave
+    when this process tells them to, or is gone.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows has no process groups to signal
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

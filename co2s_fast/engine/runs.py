@@ -103,6 +103,19 @@ def student_arrays(students: dict[str, nn.Module]) -> dict[str, dict[str, torch.
     return {name: dict(student.state_dict()) for name, student in students.items()}
 
 
+def run_state(
+    config: RunConfig, spec: DatasetSpec, students: dict[str, Student]
+) -> dict[str, Any]:
+    """What every checkpoint of a run says about it, besides its numbers."""
+    return {
+        "dataset": spec.name,
+        "classes": spec.class_names,
+        "palette": [list(color) for color in spec.palette],
+        "config": config.model_dump(mode="json"),
+        "provenance": {name: student.provenance for name, student in students.items()},
+    }
+
+
 def all_finite(students: dict[str, nn.Module]) -> bool:
     """Whether every trained parameter is finite; one synchronisation for all of them."""
     trained = [p.detach() for s in students.values() for p in s.parameters() if p.requires_grad]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from co2s_fast.engine.config import (
     read_run_config,
 )
 from co2s_fast.engine.evaluation import evaluate, pseudo_label_quality
-from co2s_fast.engine.interrupt import Interrupted, StopSignal
+from co2s_fast.engine.interrupt import Interrupted, StopSignal, deaf_children
 from co2s_fast.engine.log import RunLog, say
 from co2s_fast.engine.meter import FiniteGuard, Meter, NonFiniteLossError
 from co2s_fast.engine.runs import (
@@ -34,6 +36,7 @@ from co2s_fast.engine.runs import (
     check_classes,
     checkpoint_folder,
     dump_spec,
+    run_state,
     student_arrays,
 )
 from co2s_fast.engine.schedule import poly_factor, set_learning_rates
@@ -107,7 +110,7 @@ class Trainer:
             raise UsageError("train.device: cuda was asked for, but torch sees no CUDA GPU")
         kind = "cuda" if cuda and train.device != "cpu" else "cpu"
         self.ranks = distributed.start(kind)
-        self.device = torch.device(kind, self.ranks.local_rank) if kind == "cuda" else torch.device(kind)
+        self.device = torch.device(kind, self.ranks.local_rank if kind == "cuda" else None)
         half = train.precision == "bfloat16" or (train.precision == "auto" and kind == "cuda")
         self.autocast = torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
         self.guard = FiniteGuard(eager=kind == "cpu" and self.ranks.world == 1)
@@ -116,6 +119,7 @@ class Trainer:
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.benchmark = not train.deterministic
         if train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
 
     def _setup_data(self) -> None:
@@ -176,7 +180,8 @@ class Trainer:
         if not resume:
             if (self.folder / CONFIG_FILE).exists() and not dry_run:
                 raise UsageError(
-                    f"{self.folder} already holds a run; give --resume to continue it, or another --out"
+                    f"{self.folder} already holds a run; give --resume to continue it, or "
+                    "another --out"
                 )
             return None
         if not (last / checkpoint.STATE_FILE).is_file():
@@ -240,29 +245,26 @@ class Trainer:
         with bar, debug:
             while self.step < self.total_steps:
                 waiting = time.perf_counter()
-                batch = next(batches, None)
+                batch = next(batches)
                 self.waited_s += time.perf_counter() - waiting
-                if batch is not None:
-                    self._make_step(batch)
-                    bar.update()
+                self._make_step(batch)
+                bar.update()
                 self._after_step(bar)
-                if distributed.any_rank(batch is None or self.stop.received is not None):
+                if distributed.any_rank(self.stop.received is not None):
                     self._save_and_stop()
 
     def _batches(self) -> Iterator[Batch]:
-        """This rank's batches on the device; ends early where a signal also ended the loader."""
+        """This rank's batches on the device."""
         loader = build_loader(
             self.config.data, self.spec, self.split, views=self.method.views,
             seed=self.config.seed, start_step=self.step, total_steps=self.total_steps,
             rank=self.ranks.rank, world=self.ranks.world,
         )  # fmt: skip
-        try:
-            for batch in loader:
-                yield batch.to(self.device, non_blocking=True)
-        except RuntimeError:
-            # Workers of a job that was told to stop die of the same signal.
-            if self.stop.received is None:
-                raise
+        batches = iter(loader)
+        with deaf_children():  # the workers start with the first batch
+            first = next(batches)
+        for batch in chain([first], batches):
+            yield batch.to(self.device, non_blocking=True)
 
     def _make_step(self, batch: Batch) -> None:
         if self.step == self.config.train.debug_steps:
@@ -366,10 +368,8 @@ class Trainer:
             )
         problem = None
         if self.ranks.is_main:
-            common = {"step": self.step, "epoch": self._epoch(), "total_steps": self.total_steps,
-                      "dataset": self.spec.name, "classes": self.spec.class_names,
-                      "config": self.config.model_dump(mode="json"),
-                      "provenance": {n: s.provenance for n, s in self.students.items()}}  # fmt: skip
+            progress = {"step": self.step, "epoch": self._epoch(), "total_steps": self.total_steps}
+            common = run_state(self.config, self.spec, self.students) | progress
             try:
                 folder = checkpoint_folder(self.folder, which)
                 checkpoint.save_checkpoint(folder, f"step-{self.step:06d}", arrays, common | state)

@@ -51,8 +51,8 @@ def test_order_recipe_then_overrides_then_options(tmp_path) -> None:
 
 
 def test_all_problems_are_listed_at_once() -> None:
-    wrong = ["train.stepz=3", "train.lr=-1", "method.treshold=0.9", "bogus=1", "data.batch_size=two",
-             "students.clip.decoder.pol=[2, 2]"]  # fmt: skip
+    wrong = ["train.stepz=3", "train.lr=-1", "method.treshold=0.9", "bogus=1",
+             "data.batch_size=two", "students.clip.decoder.pol=[2, 2]"]  # fmt: skip
     with pytest.raises(UsageError) as caught:
         load_config("demo", wrong)
     text = str(caught.value)
@@ -83,7 +83,7 @@ def test_another_way_to_say_the_length_or_the_split_replaces_the_recipes() -> No
 
 
 def test_bad_overrides_and_recipes() -> None:
-    with pytest.raises(UsageError, match="expected KEY=VALUE .*, found train.steps, =3$"):
+    with pytest.raises(UsageError, match=r"expected KEY=VALUE .*, found train.steps, =3$"):
         load_config("demo", ["train.steps", "=3"])
     with pytest.raises(UsageError, match="recipe 'demmo': expected one of"):
         load_config("demmo")

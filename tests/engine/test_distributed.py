@@ -39,7 +39,7 @@ def write_config(path: Path, content: dict) -> str:
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
         return tensors, {key: float(value) for key, value in file.metadata().items()}
 
 

@@ -30,7 +30,10 @@ def test_the_first_two_updates_run_at_the_full_rate() -> None:
 
 def test_rates_are_set_from_each_groups_own() -> None:
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    groups = [{"params": [w], "lr": r, "initial_lr": r} for w, r in zip(weights, (1.0, 0.1))]
+    groups = [
+        {"params": [w], "lr": rate, "initial_lr": rate}
+        for w, rate in zip(weights, (1.0, 0.1), strict=True)
+    ]
     optimizer = torch.optim.AdamW(groups)
     set_learning_rates(optimizer, 0.5)
     set_learning_rates(optimizer, 0.5)

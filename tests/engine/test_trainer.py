@@ -111,7 +111,9 @@ def test_stopping_and_resuming_changes_nothing(run_content, tmp_path, monkeypatc
     assert kinds.count("resume") == 1
 
 
-def test_a_crash_between_checkpoints_repeats_the_lost_steps(run_content, tmp_path, monkeypatch) -> None:
+def test_a_crash_between_checkpoints_repeats_the_lost_steps(
+    run_content, tmp_path, monkeypatch
+) -> None:
     """As after SIGKILL: nothing is saved on the way out, and step 4 is already in the log."""
     whole = start(run_content())
     broken = {**run_content(), "out": str(tmp_path / "broken")}
@@ -231,13 +233,14 @@ def test_a_class_never_seen_is_said(run_content, stripes, tmp_path, capsys) -> N
     content = run_content(steps=1)
     content["data"] |= {"dataset": str(path), "missing_classes": "warn"}
     folder = start(content)
-    assert "no labelled pixel of class snow" in read_metrics(folder / "metrics.jsonl")[0]["warnings"][0]
+    warnings = read_metrics(folder / "metrics.jsonl")[0]["warnings"]
+    assert "no labelled pixel of class snow" in warnings[0]
     assert "no labelled pixel of class snow" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written(run_content, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="run folder .*file/run: "):
+    with pytest.raises(UsageError, match=r"run folder .*file/run: "):
         start({**run_content(), "out": str(tmp_path / "file/run")})
 
 
