@@ -8,4 +8,10 @@ functions), `launch` (host side), `sums` and `corner_sums` (second, fixed-order 
 
 from __future__ import annotations
 
-MODULES = ("softmax_confidence", "masked_cross_entropy", "stability_loss", "confusion_matrix", "cutmix")
+MODULES = (
+    "softmax_confidence",
+    "masked_cross_entropy",
+    "stability_loss",
+    "confusion_matrix",
+    "cutmix",
+)

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202 - device functions are typed by what they are called with
 """Confusion matrix of upsampled logits, accumulated on the device."""
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def confusion_matrix(
     if target.numel() == 0:
         return
     grid = resampling(logits, height, width, align_corners)
-    block_k, p = pixel_tile(num_classes, logits.element_size())
+    block_k, p = pixel_tile(num_classes, logits.element_size(), grid.resample)
     bins = triton.next_power_of_2(num_classes**2 + 1)
     tiles = triton.cdiv(height * width, p)
     with device_guard(logits):

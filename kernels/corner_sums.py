@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201, ANN202 - device functions are typed by what they are called with
 """Transpose of the bilinear stencil, in two steps without atomics and without recomputation.
 
 Output pixels whose source position lies between the same four cells form an *interval* of the

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202 - device functions are typed by what they are called with
 """CutMix in place: each image's box becomes the same box of its partner's original."""
 
 from __future__ import annotations

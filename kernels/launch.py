@@ -107,13 +107,17 @@ def check_pair(logits_a: Tensor, logits_b: Tensor) -> None:
         )
 
 
-def pixel_tile(num_classes: int, element_size: int) -> tuple[int, int]:
+def pixel_tile(num_classes: int, element_size: int, resample: bool) -> tuple[int, int]:
     """BLOCK_K and P of a kernel whose lanes are output pixels.
 
-    About 32 logits a thread, so that a row of a tile is read 16 bytes a thread and a pixel's
-    classes stay in one thread's registers for few classes.
+    Equal grids: rows of a tile are read 16 bytes a thread, and for few classes all logits of a
+    pixel stay in one thread. Resampling: one pixel a thread, whose four gathers a class cannot be
+    widened anyway, so that fewer registers leave room for more warps.
     """
-    block_k = min(triton.next_power_of_2(num_classes), 32)
+    block_k = triton.next_power_of_2(num_classes)
+    if resample:
+        return min(block_k, 16), 32 * WARPS
+    block_k = min(block_k, 32)
     elements = 8192 if element_size == 2 and block_k <= 8 else 4096
     return block_k, min(elements // block_k, 1024)
 
@@ -159,7 +163,7 @@ def label_arguments(
     confidence: Tensor | None, threshold: float, class_weight: Tensor | None,
     boxes: Tensor | None, partner: Tensor | None,
 ) -> tuple[tuple, dict[str, bool]]:  # fmt: skip
-    """Arguments from `target_ptr` to `partner_ptr` of the cross-entropy kernels, and their flags."""
+    """Arguments `target_ptr` to `partner_ptr` of the cross-entropy kernels, and their flags."""
     stand_in = logits
     boxes, partner, has_boxes = box_arguments(boxes, partner, stand_in)
     arguments = (

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202 - device functions are typed by what they are called with
 """Cross-entropy over valid and confident pixels, read through CutMix boxes.
 
 One program a tile of P consecutive output pixels, one online-softmax pass over the classes,
@@ -121,7 +122,7 @@ def masked_cross_entropy(
         loss = loss_map if per_pixel else logits.new_zeros((), dtype=torch.float32)
         return loss, logits.new_zeros(2, dtype=torch.int64), saved
     grid = resampling(logits, height, width, align_corners)
-    block_k, p = pixel_tile(num_classes, logits.element_size())
+    block_k, p = pixel_tile(num_classes, logits.element_size(), grid.resample)
     tiles = triton.cdiv(height * width, p)
     programs = batch * tiles
     values = logits.new_empty((1, programs), dtype=torch.float32)

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201, ANN202 - device functions are typed by what they are called with
 """Gradient of the masked cross-entropy: everything is recomputed, nothing was saved.
 
 Equal grids: one read and one write of the logits, none where a tile has nothing to learn. Through
@@ -38,6 +39,7 @@ from .launch import (
 from .pixel_labels import load_box, pixel_scale, read_pixels
 from .pixel_math import (
     axis_source,
+    blend,
     load_tile,
     map_offset,
     online_softmax,
@@ -54,7 +56,7 @@ _STATISTICS_BYTES = 16
 
 @triton.jit
 def cross_entropy_gradient(probability, classes, label, scale, taken):
-    """scale · (p - onehot) [BLOCK_K, P], and 0 (never NaN) at pixels that are not taken."""
+    """Return scale · (p - onehot) [BLOCK_K, P], and 0 (never NaN) at pixels that are not taken."""
     hit = (classes[:, None] == label[None, :]).to(tl.float32)
     return tl.where(taken[None, :], scale[None, :] * (probability - hit), 0.0)
 
@@ -170,16 +172,16 @@ def _masked_cross_entropy_interval_kernel(
     row_begin, row_end = interval_rows(split, rows, y_reach)
     for dy in range(row_begin, row_end):
         y = y_start + dy
-        at_y, top, bottom, wt, wb = axis_source(y, h, y_scale, ALIGN_CORNERS)
+        at_y, _top, _bottom, wt, wb = axis_source(y, h, y_scale, ALIGN_CORNERS)
         in_row = (lane < intervals) & (y < height) & (at_y == interval_y)
-        z_left = wt[None, :] * z00 + wb[None, :] * z10
-        z_right = wt[None, :] * z01 + wb[None, :] * z11
+        z_left = blend(z00, z10, wt, wb)
+        z_right = blend(z01, z11, wt, wb)
         sum_left, sum_right = tl.zeros_like(z00), tl.zeros_like(z00)
         for dx in range(0, x_reach):
             x = x_start + dx
-            at_x, left, right, wl, wr = axis_source(x, w, x_scale, ALIGN_CORNERS)
+            at_x, _left, _right, wl, wr = axis_source(x, w, x_scale, ALIGN_CORNERS)
             inside = in_row & (x < width) & (at_x == interval_x)
-            z = wl[None, :] * z_left + wr[None, :] * z_right
+            z = blend(z_left, z_right, wl, wr)
             z = tl.where((classes < K)[:, None], z, float("-inf"))
             if STATISTICS:
                 pixel = group_image * (height * width) + y.to(lane.dtype) * width + x
@@ -191,7 +193,7 @@ def _masked_cross_entropy_interval_kernel(
                 probability = tl.exp(z - shift[None, :]) * inverse[None, :]
             else:
                 wide_y, wide_x = y.to(lane.dtype), x.to(lane.dtype)
-                label, valid, taken = read_pixels(
+                label, _valid, taken = read_pixels(
                     (target_ptr, target_b_stride, target_y_stride, target_x_stride),
                     (ignore_ptr, ignore_b_stride, ignore_y_stride, ignore_x_stride), ignore_index,
                     (confidence_ptr, confidence_b_stride, confidence_y_stride,
@@ -203,7 +205,7 @@ def _masked_cross_entropy_interval_kernel(
                 scale = pixel_scale(
                     upstream, weight_ptr, image, wide_y, wide_x, label, taken, HAS_WEIGHT
                 )
-                probability, sure = softmax_tile(z)
+                probability, _sure = softmax_tile(z)
             gradient = cross_entropy_gradient(probability, classes, label, scale, taken)
             sum_left += wl[None, :] * gradient
             sum_right += wr[None, :] * gradient
@@ -231,14 +233,12 @@ def launch_interval_backward(
         grads = grad[group]
         images = len(grads)
         size = (images, height, width) if statistics else (0,)
-        shift, inverse, scale = (
-            logits.new_empty(size, dtype=torch.float32) for _ in range(3)
-        )
+        shift, inverse, scale = (logits.new_empty(size, dtype=torch.float32) for _ in range(3))
         label = logits.new_empty(size, dtype=torch.int32)
         pixels = (shift, inverse, scale, label, group.start, *upstream, logits, *logits.stride())
         sizes = (*grid.arguments, height, width, batch)
         if statistics:
-            pixel_block_k, p = pixel_tile(num_classes, logits.element_size())
+            pixel_block_k, p = pixel_tile(num_classes, logits.element_size(), True)
             tiles = triton.cdiv(height * width, p)
             _masked_cross_entropy_backward_kernel[(images * tiles,)](
                 grad, 0, 0, 0, 0, *pixels, *sizes, tiles, *labels, **flags,
@@ -301,7 +301,7 @@ def masked_cross_entropy_backward(
                 grad, logits, grid, upstream, labels, flags, align_corners, wide
             )
             return grad
-        block_k, p = pixel_tile(num_classes, logits.element_size())
+        block_k, p = pixel_tile(num_classes, logits.element_size(), grid.resample)
         tiles = triton.cdiv(height * width, p)
         _masked_cross_entropy_backward_kernel[(batch * tiles,)](
             grad, *grad.stride(), grad, grad, grad, grad, 0, *upstream, logits, *logits.stride(),

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - device functions are typed by what they are called with
 """Device functions that read what a pixel should be: label, ignore mask, confidence, box."""
 
 from __future__ import annotations

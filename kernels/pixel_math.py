@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201 - device functions are typed by what they are called with
 """Device functions shared by the kernels: bilinear stencils, class tiles and softmax statistics.
 
 A *tile* is a float32 array [BLOCK_K, P]: some classes of P output pixels. Rows past the last class
@@ -103,6 +104,18 @@ def pixel_stencil(
 
 
 @triton.jit
+def blend(low, high, low_weight, high_weight):
+    """Low · low_weight + high · high_weight for tiles [BLOCK_K, P] and weights [P].
+
+    The one place that interpolates, columns first, with an explicit fma: every kernel must get the
+    same bits, or students that tie in the forward would not in the backward.
+    """
+    return tl.fma(
+        high, tl.broadcast_to(high_weight[None, :], high.shape), low * low_weight[None, :]
+    )
+
+
+@triton.jit
 def load_tile(
     image_ptr, classes, class_stride, stencil, in_tile, K: tl.constexpr, RESAMPLE: tl.constexpr
 ):
@@ -115,9 +128,8 @@ def load_tile(
         z01 = tl.load(image_ptr + (rows + o01[None, :]), mask=mask, other=0.0).to(tl.float32)
         z10 = tl.load(image_ptr + (rows + o10[None, :]), mask=mask, other=0.0).to(tl.float32)
         z11 = tl.load(image_ptr + (rows + o11[None, :]), mask=mask, other=0.0).to(tl.float32)
-        upper = left_weight[None, :] * z + right_weight[None, :] * z01
-        lower = left_weight[None, :] * z10 + right_weight[None, :] * z11
-        z = top_weight[None, :] * upper + bottom_weight[None, :] * lower
+        left = blend(z, z10, top_weight, bottom_weight)
+        z = blend(left, blend(z01, z11, top_weight, bottom_weight), left_weight, right_weight)
     return tl.where((classes < K)[:, None], z, float("-inf"))
 
 
@@ -181,12 +193,8 @@ def online_softmax(
 
 
 @triton.jit
-def store_tile(
-    grad_image_ptr, classes, class_stride, pixel, gradient, in_tile, K: tl.constexpr
-):
+def store_tile(grad_image_ptr, classes, class_stride, pixel, gradient, in_tile, K: tl.constexpr):
     """Store a tile [BLOCK_K, P] at offsets `pixel` [P] of each class plane, in the target dtype."""
     mask = (classes < K)[:, None] & in_tile[None, :]
     offset = (classes.to(pixel.dtype) * class_stride)[:, None] + pixel[None, :]
-    tl.store(
-        grad_image_ptr + offset, gradient.to(grad_image_ptr.dtype.element_ty), mask=mask
-    )
+    tl.store(grad_image_ptr + offset, gradient.to(grad_image_ptr.dtype.element_ty), mask=mask)

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202 - device functions are typed by what they are called with
 """Confidence and pseudo-label of every output pixel: `up(logits).softmax(1).max(1)`."""
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def softmax_confidence(
     if confidence.numel() == 0:
         return confidence, label
     grid = resampling(logits, height, width, align_corners)
-    block_k, p = pixel_tile(num_classes, logits.element_size())
+    block_k, p = pixel_tile(num_classes, logits.element_size(), grid.resample)
     tiles = triton.cdiv(height * width, p)
     with device_guard(logits):
         _softmax_confidence_kernel[(batch * tiles,)](

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202 - device functions are typed by what they are called with
 """Stability loss between two students: squared distance of their probabilities where one learns.
 
 One program a tile of P consecutive output pixels of both students; partial sums and counts are
@@ -136,7 +137,9 @@ def stability_loss(
         return sums, logits_a.new_zeros(2, dtype=torch.int64), *empty
     grid_a = resampling(logits_a, height, width, align_corners)
     grid_b = resampling(logits_b, height, width, align_corners)
-    block_k, p = pixel_tile(num_classes, logits_a.element_size())
+    block_k, p = pixel_tile(
+        num_classes, logits_a.element_size(), grid_a.resample or grid_b.resample
+    )
     tiles = triton.cdiv(height * width, p)
     programs = batch * tiles
     values = logits_a.new_empty((2, programs), dtype=torch.float32)

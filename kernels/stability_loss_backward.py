@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN201, ANN202 - device functions are typed by what they are called with
 """Gradients of the stability loss: everything is recomputed, nothing was saved.
 
 With d = p - q (own minus the other student's probabilities) the gradient of Σ_k d² with respect to
@@ -38,6 +39,7 @@ from .launch import (
 from .pixel_labels import learners, read_unmasked
 from .pixel_math import (
     axis_source,
+    blend,
     load_tile,
     map_offset,
     online_softmax,
@@ -54,7 +56,7 @@ _STATISTICS = 8  # float32 a pixel
 
 @triton.jit
 def squared_distance_gradient(own, other, dot, scale, learns):
-    """scale · own · (own - other - dot) [BLOCK_K, P], and 0 (never NaN) where nothing is learned."""
+    """Return scale · own · (own - other - dot) [BLOCK_K, P]; 0, never NaN, where not learned."""
     gradient = scale[None, :] * own * ((own - other) - dot[None, :])
     return tl.where(learns[None, :], gradient, 0.0)
 
@@ -154,12 +156,8 @@ def _stability_loss_backward_kernel(
         if (K > BLOCK_K) and (WRITE_A or WRITE_B):
             for start in range(0, K, BLOCK_K):
                 classes = start + tl.arange(0, BLOCK_K)
-                z_a = load_tile(
-                    a_image_ptr, classes, a_k_stride, stencil_a, in_tile, K, RESAMPLE_A
-                )
-                z_b = load_tile(
-                    b_image_ptr, classes, b_k_stride, stencil_b, in_tile, K, RESAMPLE_B
-                )
+                z_a = load_tile(a_image_ptr, classes, a_k_stride, stencil_a, in_tile, K, RESAMPLE_A)
+                z_b = load_tile(b_image_ptr, classes, b_k_stride, stencil_b, in_tile, K, RESAMPLE_B)
                 p_a = tl.exp(z_a - shift_a[None, :]) * sure_a[None, :]
                 p_b = tl.exp(z_b - shift_b[None, :]) * sure_b[None, :]
                 if WRITE_A:
@@ -212,16 +210,16 @@ def _stability_loss_interval_kernel(
     row_begin, row_end = interval_rows(split, rows, y_reach)
     for dy in range(row_begin, row_end):
         y = y_start + dy
-        at_y, top, bottom, wt, wb = axis_source(y, h, y_scale, ALIGN_CORNERS)
+        at_y, _top, _bottom, wt, wb = axis_source(y, h, y_scale, ALIGN_CORNERS)
         in_row = in_grid & (y < height) & (at_y == interval_y)
-        z_left = wt[None, :] * z00 + wb[None, :] * z10
-        z_right = wt[None, :] * z01 + wb[None, :] * z11
+        z_left = blend(z00, z10, wt, wb)
+        z_right = blend(z01, z11, wt, wb)
         sum_left, sum_right = tl.zeros_like(z00), tl.zeros_like(z00)
         for dx in range(0, x_reach):
             x = x_start + dx
-            at_x, left, right, wl, wr = axis_source(x, w, x_scale, ALIGN_CORNERS)
+            at_x, _left, _right, wl, wr = axis_source(x, w, x_scale, ALIGN_CORNERS)
             inside = in_row & (x < width) & (at_x == interval_x)
-            z = wl[None, :] * z_left + wr[None, :] * z_right
+            z = blend(z_left, z_right, wl, wr)
             z = tl.where((classes < K)[:, None], z, float("-inf"))
             wide_y, wide_x = y.to(lane.dtype), x.to(lane.dtype)
             stencil = pixel_stencil(
@@ -259,7 +257,7 @@ def _stability_loss_interval_kernel(
                 )
                 own, sure = softmax_tile(z)
                 other, other_sure = softmax_tile(z_other)
-                learns, other_learns = learners(sure, other_sure, threshold, valid)
+                learns, _other_learns = learners(sure, other_sure, threshold, valid)
                 dot = tl.sum(own * (own - other), 0)
                 scale = twice
             gradient = squared_distance_gradient(own, other, dot, scale, learns)
@@ -283,15 +281,13 @@ def launch_pixels(
     """Gradients on equal grids where `grads` has a tensor, and statistics where it is a tensor."""
     height, width = grids[0].y.out, grids[0].x.out
     count = images.stop - images.start
-    block_k, p = pixel_tile(students[0].shape[1], students[0].element_size())
+    block_k, p = pixel_tile(
+        students[0].shape[1], students[0].element_size(), any(grid.resample for grid in grids)
+    )
     tiles = triton.cdiv(height * width, p)
     stand_in = students[0]
-    outputs = [
-        (stand_in, 0, 0, 0, 0) if grad is None else (grad, *grad.stride()) for grad in grads
-    ]
-    readings = [
-        (z, *z.stride(), *grid.arguments) for z, grid in zip(students, grids, strict=True)
-    ]
+    outputs = [(stand_in, 0, 0, 0, 0) if grad is None else (grad, *grad.stride()) for grad in grads]
+    readings = [(z, *z.stride(), *grid.arguments) for z, grid in zip(students, grids, strict=True)]
     flat = all(map(is_flat, (*grads, *students, ignore_mask)))
     _stability_loss_backward_kernel[(count * tiles,)](
         *outputs[0], *outputs[1], grad_sums if statistics is None else statistics,
@@ -367,7 +363,7 @@ def stability_loss_backward(
         saved_b: not used.
 
     Returns:
-        Gradients in the logits' shapes and dtypes, contiguous; an empty tensor for the one not wanted.
+        Gradients in the logits' shapes and dtypes, contiguous; empty for the one not wanted.
     """
     check_pair(logits_a, logits_b)
     students = (logits_a, logits_b)
@@ -387,8 +383,9 @@ def stability_loss_backward(
         "WIDE": is_wide(*students, ignore_mask),
     }
     # a gradient is written per pixel on equal grids, gathered from corner sums otherwise
+    outputs = list(zip(grads, needs, grids, strict=True))
     direct, gathered = (
-        [g if n and grid.resample == up else None for g, n, grid in zip(grads, needs, grids, strict=True)]
+        [grad if need and grid.resample == up else None for grad, need, grid in outputs]
         for up in (False, True)
     )
     with device_guard(logits_a):

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202 - device functions are typed by what they are called with
 """The second step of every sum: partial results of the programs, added in a fixed order."""
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ _BLOCK = 1024
 
 @triton.jit
 def _sum_partials_kernel(
-    values_ptr, counts_ptr, sums_ptr, totals_ptr, programs, VALUES: tl.constexpr, BLOCK: tl.constexpr
+    values_ptr, counts_ptr, sums_ptr, totals_ptr, programs,
+    VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row of `values` [VALUES, programs] or `counts` [COUNTS, programs].
 
