@@ -24,9 +24,10 @@ class Target:
         """Triton's interpreter: right but slow, so it gets fewer and smaller cases."""
         return self.name == "triton" and self.device == "cpu"
 
-    def needs(self, dtype: torch.dtype) -> None:
-        if dtype == torch.float64 and self.name in ("triton", "cuda"):
-            pytest.skip("float64 is served on the CPU")
+    def leave_out(self, unless: bool = False, why: str = "too slow in the interpreter") -> None:
+        """Skip the test under the interpreter, `unless` it is a chosen one or all are wanted."""
+        if self.interpreted and not unless and os.environ.get("CO2S_INTERPRET_ALL") != "1":
+            pytest.skip(f"{why} (CO2S_INTERPRET_ALL=1 runs it)")
 
 
 def _target(name: str) -> Iterator[Target]:

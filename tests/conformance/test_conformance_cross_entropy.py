@@ -50,16 +50,14 @@ def check(case: Case, target, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sum_and_gradient(case, target):
-    if target.interpreted and case.name not in INTERPRETED:
-        pytest.skip("fewer cases for the interpreter")
+    target.leave_out(unless=case.name in INTERPRETED)
     check(case, target, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", HALF_CASES, ids=str)
 def test_half_precision(case, dtype, target):
-    if target.interpreted and case.name not in ("equal", "fraction"):
-        pytest.skip("fewer cases for the interpreter")
+    target.leave_out(unless=case.name in ("equal", "tiny_up"))
     check(case, target, dtype)
 
 
@@ -70,6 +68,7 @@ def test_float64(case, cpu_target):
 
 @pytest.mark.parametrize("name", ["equal", "up4", "fraction_corners", "down", "nan_up", "batch_0"])
 def test_map_with_a_gradient_for_each_pixel(name, target):
+    target.leave_out(unless=name == "equal")
     case = BY_NAME[name]
     x = draw(case, torch.float32)
     truth, _, gradient = cross_entropy_truth(case, x, per_pixel=True)
@@ -79,16 +78,17 @@ def test_map_with_a_gradient_for_each_pixel(name, target):
 
 
 def test_every_number_of_classes(target):
-    few = (1, 2, 7, 16, 17, 32)
+    few = (1, 16, 17)
     for classes in (*(few if target.interpreted else range(1, 33)), 150):
-        for size in ((4, 5), (8, 10)):
+        for size in ((4, 5),) if target.interpreted else ((4, 5), (8, 10)):
             case = Case(f"K{classes}", classes=classes, grid=(4, 5), size=size, weighted=True)
             check(case, target, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 def test_integer_dtypes_of_the_maps(dtype, target):
-    case = BY_NAME["fraction"]
+    target.leave_out(unless=dtype == torch.int32)
+    case = BY_NAME["tiny_up"]
     x = draw(case, torch.float32)
     truth, _, gradient = cross_entropy_truth(case, x, per_pixel=False)
     x.target, x.ignore_mask = x.target.to(dtype), x.ignore_mask.to(dtype)
@@ -111,7 +111,7 @@ def test_ignore_index_that_uint8_cannot_hold_or_that_is_a_class(ignore_index, ta
 
 
 def test_reductions_divide_by_what_they_say(target):
-    case = BY_NAME["fraction"]
+    case = BY_NAME["equal"]
     x = draw(case, torch.float32).to(target.device)
     options = {"ignore_mask": x.ignore_mask, "cutmix": x.cutmix}
 
@@ -129,6 +129,7 @@ def test_reductions_divide_by_what_they_say(target):
 @pytest.mark.parametrize("reduction", ["valid", "confident"])
 @pytest.mark.parametrize("name", ["all_ignored", "none_confident", "batch_0"])
 def test_nothing_to_divide_by_gives_zero(name, reduction, target):
+    target.leave_out(unless=reduction == "valid")
     x = draw(BY_NAME[name], torch.float32).to(target.device)
     z = x.a.detach().requires_grad_()
     loss = masked_cross_entropy(
@@ -166,8 +167,7 @@ def test_classes_outside_the_range(target):
 
 
 def test_a_million_pixels_and_one(target):
-    if target.interpreted:
-        pytest.skip("too slow in the interpreter")
+    target.leave_out()
     z = torch.randn(1, 2, 1, 1_000_001, generator=torch.Generator().manual_seed(0))
     label = torch.ones(1, 1, 1_000_001, dtype=torch.uint8)
     truth = torch.nn.functional.cross_entropy(z.double(), label.long(), reduction="sum")

@@ -70,6 +70,7 @@ def op_arguments(target, dtype):
 
 @pytest.mark.parametrize("index", range(11))
 def test_opcheck(index, target):
+    target.leave_out(unless=index in (0, 3, 9, 10))
     op, arguments = op_arguments(target, torch.float32)[index]
     torch.library.opcheck(op.default, arguments)
 
@@ -120,6 +121,7 @@ def step(z, y, label, confidence, ignore, boxes, partner, images, matrix):
 
 @pytest.mark.parametrize("dynamic", [False, None])
 def test_compile_has_no_graph_break(dynamic, target):
+    target.leave_out()
     label, confidence, ignore = maps(target)
 
     def run(function):
@@ -141,6 +143,8 @@ def test_compile_has_no_graph_break(dynamic, target):
 
 
 def test_export_keeps_the_op(target):
+    target.leave_out()
+
     class Head(nn.Module):
         def forward(self, z):
             return softmax_confidence(z, (8, 10))
@@ -151,6 +155,7 @@ def test_export_keeps_the_op(target):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_changes_nothing_inside_the_ops(dtype, target):
+    target.leave_out()
     label, confidence, _ = maps(target)
     results = []
     for enabled in (True, False):
@@ -167,6 +172,7 @@ def test_autocast_changes_nothing_inside_the_ops(dtype, target):
 
 
 def test_autocast_convolution_in_front(target):
+    target.leave_out()
     label, _, _ = maps(target)
     head = nn.Conv2d(4, 3, 1).to(target.device)
     with torch.autocast(target.device, dtype=torch.bfloat16):
@@ -179,6 +185,7 @@ def test_autocast_convolution_in_front(target):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant, target):
+    target.leave_out()
     label, confidence, _ = maps(target)
 
     def loss(z, y):
@@ -194,6 +201,7 @@ def test_gradient_checkpointing(reentrant, target):
 
 
 def test_distributed_data_parallel(target, tmp_path):
+    target.leave_out()
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
     )
@@ -213,6 +221,7 @@ def test_distributed_data_parallel(target, tmp_path):
 
 
 def test_two_losses_on_the_same_logits(target):
+    target.leave_out()
     label, confidence, _ = maps(target)
     separate = []
     for scale, reduction in ((2.0, "valid"), (-0.5, "sum")):
@@ -229,6 +238,7 @@ def test_two_losses_on_the_same_logits(target):
 
 
 def test_no_graph_where_none_is_wanted(target):
+    target.leave_out()
     label, confidence, _ = maps(target)
     z = logits(target)
     with torch.no_grad():
@@ -241,6 +251,7 @@ def test_no_graph_where_none_is_wanted(target):
 
 
 def test_no_second_derivative(target):
+    target.leave_out()
     label, _, _ = maps(target)
     z = logits(target)
     (gradient,) = torch.autograd.grad(masked_cross_entropy(z, label), z, create_graph=True)
@@ -273,7 +284,7 @@ def all_results(target, names=("up4", "fraction", "down", "equal_wide")):
 def test_repeats_are_bit_equal(target):
     if target.name == "reference" and target.device == "cuda":
         pytest.skip("PyTorch's own bilinear backward is not deterministic on CUDA")
-    names = ("up4", "fraction") if target.interpreted else ("up4", "fraction", "down", "equal_wide")
+    names = ("equal",) if target.interpreted else ("up4", "fraction", "down", "equal_wide")
     first = all_results(target, names)
     for _ in range(1 if target.interpreted else 4):
         assert all(map(torch.equal, first, all_results(target, names)))

@@ -37,16 +37,14 @@ def check(case: Case, target, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", STABILITY_CASES, ids=str)
 def test_sums_and_gradients(case, target):
-    if target.interpreted and case.name not in INTERPRETED | {"saturated"}:
-        pytest.skip("fewer cases for the interpreter")
+    target.leave_out(unless=case.name in INTERPRETED)
     check(case, target, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", HALF_CASES, ids=str)
 def test_half_precision(case, dtype, target):
-    if target.interpreted and case.name not in ("equal", "fraction"):
-        pytest.skip("fewer cases for the interpreter")
+    target.leave_out(unless=case.name == "equal")
     check(case, target, dtype)
 
 
@@ -56,18 +54,18 @@ def test_float64(case, cpu_target):
 
 
 def test_every_number_of_classes(target):
-    few = (1, 2, 7, 16, 17, 32)
+    few = (1, 16, 17)
     for classes in (*(few if target.interpreted else range(1, 33)), 150):
-        for size in ((4, 5), (8, 10)):
+        for size in ((4, 5),) if target.interpreted else ((4, 5), (8, 10)):
             check(Case(f"K{classes}", classes=classes, grid=(4, 5), size=size), target,
                   torch.float32)  # fmt: skip
 
 
 def test_each_loss_teaches_one_student(target):
-    x = draw(BY_NAME["up4"], torch.float32).to(target.device)
+    x = draw(BY_NAME["tiny_up"], torch.float32).to(target.device)
     for side in (0, 1):
         logits = [z.detach().requires_grad_() for z in (x.a, x.b)]
-        stability_loss(*logits, threshold=0.5, size=(32, 32))[side].backward()
+        stability_loss(*logits, threshold=0.5, size=(6, 8))[side].backward()
         assert logits[side].grad.abs().sum() > 0
         other = logits[1 - side].grad
         assert other is None or not other.any()
@@ -75,11 +73,12 @@ def test_each_loss_teaches_one_student(target):
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_only_one_input_requires_grad(side, target):
-    x = draw(BY_NAME["fraction"], torch.float32).to(target.device)
+    target.leave_out(unless=side == 1)
+    x = draw(BY_NAME["tiny_up"], torch.float32).to(target.device)
     both = [z.detach().requires_grad_() for z in (x.a, x.b)]
     one = [z.detach().requires_grad_(i == side) for i, z in enumerate((x.a, x.b))]
     for logits in (both, one):
-        losses = stability_loss(*logits, threshold=0.5, size=(16, 23))
+        losses = stability_loss(*logits, threshold=0.5, size=(6, 8))
         (2 * losses[0] + 3 * losses[1]).backward()
     assert one[1 - side].grad is None
     assert torch.equal(one[side].grad, both[side].grad)

@@ -72,7 +72,8 @@ def ce_terms(data, student, logits):
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-def test_terms_and_gradients_of_the_released_loop(data, student):
+def test_terms_and_gradients_of_the_released_loop(data, student, target):
+    target.leave_out(unless=student == "clip" and data.prefix.endswith("k6_edge/"))
     logits = {
         view: data(f"logits/{student}/{view}").requires_grad_()
         for view in ("x", "w_fp", "s1", "s2")
@@ -96,8 +97,9 @@ def test_terms_and_gradients_of_the_released_loop(data, student):
 
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("view", ["1", "2"])
-def test_reading_through_the_box_equals_the_released_mixing(data, student, view):
+def test_reading_through_the_box_equals_the_released_mixing(data, student, view, target):
     """The partner is another batch there; here both are halves of one batch of six."""
+    target.leave_out(unless=(student, view) == ("clip", "1") and "fp32" in data.prefix)
     pseudo = [softmax_confidence(data(f"logits/{student}/{v}")) for v in ("w", "w_other")]
     confidence, label = (torch.cat(pair) for pair in zip(*pseudo, strict=True))
     ignore = torch.cat([data("ignore_mask"), data("ignore_mask_other")])
