@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec
 from co2s_fast.data.config import DataConfig
-from co2s_fast.data.files import Item, load_label, load_rgb
-from co2s_fast.data.splits import Split, find_root, overlaps, read_list, summary
+from co2s_fast.data.files import Item, load_label, load_rgb, write_text
+from co2s_fast.data.splits import Split, describe_root, find_root, overlaps, read_list, summary
 from co2s_fast.data.tiles import list_images, read_groups
 from co2s_fast.errors import DataError
 
@@ -70,14 +70,26 @@ class _Seen:
     problems: list[str] = field(default_factory=list)
 
 
-def check_dataset(config: DataConfig, spec: DatasetSpec, *, level: Level = "full",
+def check_dataset(root: Path, spec: DatasetSpec | None = None, *, split: Path | None = None,
+                  batch_size: int = 1, level: Level = "full", json_path: Path | None = None,
                   progress: bool = True) -> Report:
-    """Check a prepared folder, every split list below it, and `config.split` if given.
+    """Check a prepared folder, every split list below it, and one elsewhere.
+
+    Args:
+        root: the prepared folder.
+        spec: the dataset; None: what the folder itself says it is.
+        split: a split folder that is checked too.
+        batch_size: labelled lists shorter than this are warned about.
+        level: "quick" or "full".
+        json_path: where the report is written as JSON too.
+        progress: show a bar where it takes long.
 
     Raises:
         DataError: the folder is not there. Everything else is in the report.
     """
-    root = find_root(config, spec)
+    root = Path(root)
+    spec = spec or describe_root(root)
+    root = find_root(DataConfig(root=root), spec)
     items = list_images(root)
     report = Report(spec.name, str(root), level)
     if not items:
@@ -90,8 +102,10 @@ def check_dataset(config: DataConfig, spec: DatasetSpec, *, level: Level = "full
                         for name, n in zip(spec.class_names, counts, strict=False)
                         if report.labels and n == 0]
     folders = {p.parent for p in (root / "splits").glob("*/labeled.txt")}
-    for folder in sorted(folders | ({config.split} if config.split else set())):
-        _check_folder(folder, root, config, report)
+    for folder in sorted(folders | ({Path(split)} if split else set())):
+        _check_folder(folder, root, batch_size, report)
+    if json_path is not None:
+        write_text(Path(json_path), report.to_json() + "\n")
     return report
 
 
@@ -181,7 +195,7 @@ def _looks_whole(path: Path) -> bool:
         return False
 
 
-def _check_folder(folder: Path, root: Path, config: DataConfig, report: Report) -> None:
+def _check_folder(folder: Path, root: Path, batch_size: int, report: Report) -> None:
     """Add what is wrong with one split folder's lists."""
     problems = report.problems
     val_list = folder / "val.txt" if (folder / "val.txt").is_file() else folder.parent / "val.txt"
@@ -193,9 +207,9 @@ def _check_folder(folder: Path, root: Path, config: DataConfig, report: Report) 
         read_list(val_list, root, problems, need_label=True), folder,
     )
     problems += [f"{folder}: {text}" for text in overlaps(split)]
-    if 0 < len(split.labeled) < config.batch_size:
+    if 0 < len(split.labeled) < batch_size:
         report.warnings.append(f"{folder}: {len(split.labeled)} labelled images, fewer than a "
-                               f"batch of {config.batch_size}")
+                               f"batch of {batch_size}")
     report.warnings += _shared_groups(split, read_groups(root), folder)
     for name in ("labeled", "unlabeled", "val"):
         report.lists[f"{folder.name}/{name}"] = len(getattr(split, name))

@@ -148,7 +148,7 @@ def _block(scene: _Scene, inside: NDArray[np.bool_], where: tuple[slice, slice],
            sun: float) -> None:
     rng = scene.rng
     y, x = np.mgrid[where].astype(np.float32)
-    angle, pitch = rng.uniform(0, np.pi), rng.uniform(22, 38)
+    angle, pitch = rng.uniform(0, np.pi), rng.uniform(26, 44)
     along, across = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     column, row = np.floor(along / pitch).astype(int), np.floor(across / pitch).astype(int)
     lot = column - column.min(), row - row.min()
@@ -239,6 +239,8 @@ def generate_demo(root: Path, spec: DatasetSpec | None = None, *, seed: int = 0,
                 save_image(temporary / "images" / name, image[part])
                 save_label(temporary / "labels" / name, label[part], spec.palette)
     write_description(temporary, spec)
+    if root.is_dir():
+        root.rmdir()  # an empty one; anything else is not ours to remove
     temporary.rename(root)
     return root
 

@@ -33,7 +33,7 @@ from co2s_fast.data.files import (
 from co2s_fast.data.pairing import Source, find_sources
 from co2s_fast.data.splits import summary
 from co2s_fast.data.tiles import TILES
-from co2s_fast.errors import DataError
+from co2s_fast.errors import DataError, UsageError
 
 RECORD = "prepared.json"
 
@@ -56,25 +56,32 @@ class Prepared:
                 f"from {self.images} images")
 
 
-def prepare_dataset(raw: Path, out: Path, spec: DatasetSpec, *, overwrite: bool = False,
+def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite: bool = False,
                     progress: bool = True) -> Prepared:
     """Cut the raw images of a dataset into tiles and decode their masks.
 
     Doing it again changes nothing; doing it with another description needs `overwrite`.
 
     Args:
-        raw: folder the templates of the description are relative to.
-        out: the folder to make.
         spec: the description.
+        raw: folder that its templates are relative to; None for a generated dataset.
+        out: the folder to make.
         overwrite: replace a folder made from something else, its splits included.
         progress: show a bar.
 
     Raises:
         DataError: any raw file is missing, damaged, of a size unlike its mask's, or shows an
             undeclared value; all such files are collected, and nothing is written.
-        UsageError: the description does not say how files pair up.
+        UsageError: the description does not say how files pair up, or no raw folder is given.
     """
-    raw, out = Path(raw), Path(out)
+    out = Path(out)
+    if spec.generated:
+        return _generate(spec, out, progress)
+    if raw is None:
+        source = f"; fetch them from {spec.info.source}" if spec.info.source else ""
+        raise UsageError(f"dataset {spec.name!r} is made from raw files: give their folder with "
+                         f"--raw{source}")
+    raw = Path(raw)
     sources = find_sources(raw, spec)
     record = _record(raw, sources, spec)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
@@ -97,6 +104,18 @@ def prepare_dataset(raw: Path, out: Path, spec: DatasetSpec, *, overwrite: bool 
         shutil.rmtree(out)
     temporary.rename(out)
     return prepared
+
+
+def _generate(spec: DatasetSpec, out: Path, progress: bool) -> Prepared:
+    from co2s_fast.data.demo import generate_demo
+
+    already = (out / "images").is_dir()
+    if not already:
+        if out.exists() and any(out.iterdir()):
+            raise DataError(f"{out}: exists and holds no prepared dataset; choose another folder")
+        generate_demo(out, spec, progress=progress)
+    count = len(list((out / "images").iterdir()))
+    return Prepared(out, images=count, tiles=count, labeled=count, already=already)
 
 
 def _record(raw: Path, sources: list[Source], spec: DatasetSpec) -> dict:

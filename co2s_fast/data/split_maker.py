@@ -8,12 +8,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 from tqdm import tqdm
 
-from co2s_fast.data.catalogue import DatasetSpec, load_dataset
+from co2s_fast.data.catalogue import DatasetSpec, explain, load_dataset
 from co2s_fast.data.config import DataConfig, parse_ratio
 from co2s_fast.data.files import DESCRIPTION, Item, load_label, write_text
-from co2s_fast.data.splits import SPLITS, find_root, read_list, split_name, summary
+from co2s_fast.data.splits import (
+    SPLITS,
+    describe_root,
+    find_root,
+    read_list,
+    split_name,
+    summary,
+)
 from co2s_fast.data.tiles import group_from_name, list_images, read_groups
 from co2s_fast.errors import DataError, UsageError
 
@@ -31,9 +39,12 @@ class CreatedSplit:
     val: int
     notes: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        return "\n".join(self.notes)
 
-def create_split(root: Path, spec: DatasetSpec, *, ratio: str | None = None,
-                 labels: int | None = None, seed: int = 0, progress: bool = True) -> CreatedSplit:
+
+def split_dataset(root: Path, spec: DatasetSpec | None = None, *, ratio: str | None = None,
+                  labels: int | None = None, seed: int = 0, progress: bool = True) -> CreatedSplit:
     """Write `splits/<name>/labeled.txt`, `unlabeled.txt`, and `splits/val.txt` where it is missing.
 
     Validation takes whole groups by the dataset's rule, whatever the seed, so all splits of a
@@ -41,13 +52,25 @@ def create_split(root: Path, spec: DatasetSpec, *, ratio: str | None = None,
     the seed only: smaller splits are nested in larger ones. That order starts with images that
     together show every class.
 
+    Args:
+        root: the prepared folder.
+        spec: the dataset; None: what the folder itself says it is.
+        ratio: share of the training images that are labelled, "1/16"; rounded down, at least one.
+        labels: number of labelled images, instead of a ratio.
+        seed: of the order.
+        progress: show a bar where it takes long.
+
     Raises:
         UsageError: neither or both of ratio and labels.
         DataError: nothing to split, or more labels wanted than there are.
     """
     if (ratio is None) == (labels is None):
         raise UsageError("give either a ratio or a number of labels")
-    config = DataConfig(dataset=spec.name, root=root, ratio=ratio, labels=labels, split_seed=seed)
+    try:
+        config = DataConfig(root=root, ratio=ratio, labels=labels, split_seed=seed)
+    except ValidationError as error:
+        raise UsageError(explain(error)) from error
+    spec = spec or describe_root(Path(root))
     root = find_root(config, spec)
     train, val, notes = _train_and_val(root, spec)
     wanted = labels if labels is not None else int(len(train) * parse_ratio(ratio or ""))

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from co2s_fast.data.catalogue import DatasetSpec, load_dataset
+from co2s_fast.data.catalogue import DatasetSpec, dataset_names, load_dataset
 from co2s_fast.data.config import DataConfig, parse_ratio
 from co2s_fast.data.files import DESCRIPTION, Item
 from co2s_fast.errors import DataError, UsageError
@@ -44,10 +44,10 @@ def open_split(config: DataConfig, spec: DatasetSpec) -> Split:
     notes: list[str] = []
     folder = config.split or root / SPLITS / split_name(config)
     if config.split is None and not (folder / "labeled.txt").is_file():
-        from co2s_fast.data.split_maker import create_split
+        from co2s_fast.data.split_maker import split_dataset
 
-        notes += create_split(root, spec, ratio=config.ratio, labels=config.labels,
-                              seed=config.split_seed).notes
+        notes += split_dataset(root, spec, ratio=config.ratio, labels=config.labels,
+                               seed=config.split_seed).notes
     split = read_split(root, folder, spec)
     split.notes = [*notes, *split.notes]
     _check_sizes(split, config, folder)
@@ -78,13 +78,7 @@ def find_root(config: DataConfig, spec: DatasetSpec) -> Path:
     Raises:
         DataError: not there; says what to fetch and which command prepares it.
     """
-    candidates = []
-    if config.root is not None:
-        candidates = [config.root, config.root / spec.name]
-    else:
-        if os.environ.get("CO2S_DATA"):
-            candidates.append(Path(os.environ["CO2S_DATA"]) / spec.name)
-        candidates.append(Path("data") / spec.name)
+    candidates = candidate_roots(config, spec)
     for root in candidates:
         if (root / "images").is_dir():
             _check_description(root, spec)
@@ -102,6 +96,14 @@ def find_root(config: DataConfig, spec: DatasetSpec) -> Path:
     )
 
 
+def candidate_roots(config: DataConfig, spec: DatasetSpec) -> list[Path]:
+    """Where `find_root` looks, in order."""
+    if config.root is not None:
+        return [config.root, config.root / spec.name]
+    stores = [os.environ["CO2S_DATA"]] if os.environ.get("CO2S_DATA") else []
+    return [Path(store) / spec.name for store in [*stores, "data"]]
+
+
 def _check_description(root: Path, spec: DatasetSpec) -> None:
     """A prepared tree must hold the classes that the run trains."""
     description = root / DESCRIPTION
@@ -111,6 +113,22 @@ def _check_description(root: Path, spec: DatasetSpec) -> None:
     if found != spec.class_names:
         raise DataError(f"{description}: was prepared for classes {', '.join(found)}; "
                         f"dataset {spec.name!r} has {', '.join(spec.class_names)}")
+
+
+def describe_root(root: Path) -> DatasetSpec:
+    """The dataset that a folder holds, by its `dataset.yaml`, else by its name.
+
+    Raises:
+        DataError: the folder is missing, or does not say.
+    """
+    if (root / DESCRIPTION).is_file():
+        return load_dataset(root / DESCRIPTION)
+    if not root.is_dir():
+        raise DataError(f"{root}: missing folder; `co2s-fast data prepare` makes it")
+    if root.resolve().name in dataset_names():
+        return load_dataset(root.resolve().name)
+    raise DataError(f"{root}: no {DESCRIPTION}, so not prepared by `co2s-fast data prepare`, and "
+                    f"not named after a dataset ({', '.join(dataset_names())})")
 
 
 def is_uniform(root: Path) -> bool:

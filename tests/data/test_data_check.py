@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from toy_data import truncate, two_classes, write_raw
 
-from co2s_fast.data import DataConfig, check_dataset, create_split, open_split, prepare_dataset
+from co2s_fast.data import DataConfig, check_dataset, open_split, prepare_dataset, split_dataset
 from co2s_fast.errors import DataError
 
 NAMES = [f"a/{p}" for p in range(6)]
@@ -20,8 +20,8 @@ NAMES = [f"a/{p}" for p in range(6)]
 def tree(tmp_path):
     raw = write_raw(tmp_path / "raw", NAMES, size=(32, 64))
     root, spec = tmp_path / "toy", two_classes(val=["a/5"], tile={})
-    prepare_dataset(raw, root, spec, progress=False)
-    create_split(root, spec, labels=2, progress=False)
+    prepare_dataset(spec, raw, root, progress=False)
+    split_dataset(root, spec, labels=2, progress=False)
     return root, spec, DataConfig(root=root, labels=2, batch_size=1)
 
 
@@ -30,13 +30,15 @@ def labeled_name(root):
 
 
 def test_report_of_a_good_folder(tree):
-    _, spec, config = tree
-    report = check_dataset(config, spec, progress=False)
+    root, spec, _ = tree
+    report = check_dataset(root, spec, progress=False)
     assert report.problems == [] and report.warnings == []
     assert (report.images, report.labels, report.sizes) == (6, 6, {"64 x 32": 6})
     assert report.pixels == {"land": 6 * 32 * 32, "sea": 6 * 32 * 32, "ignored": 0}
     assert report.lists == {"labels_2/labeled": 2, "labels_2/unlabeled": 3, "labels_2/val": 1}
     assert json.loads(report.to_json())["pixels"] == report.pixels
+    again = check_dataset(root, json_path=root.parent / "report.json", progress=False)
+    assert again.to_json() == (root.parent / "report.json").read_text().strip()
     text = str(report)
     assert "no problems" in text and "50.00%" in text and "64 x 32" in text
     report.raise_problems()
@@ -72,7 +74,7 @@ def test_each_damage_is_found_by_the_check_and_before_training(tree, kind, how, 
     with pytest.raises(DataError, match=expected) as caught:
         open_split(config, spec)
     assert path.name in str(caught.value) and "\n" not in str(caught.value)
-    report = check_dataset(config, spec, progress=False)
+    report = check_dataset(root, spec, progress=False)
     assert any(expected in p and path.name in p for p in report.problems)
     assert f"problem: {report.problems[0]}" in str(report)
 
@@ -94,25 +96,24 @@ def test_a_class_never_seen(tree):
         open_split(config, spec)
     warned = open_split(config.model_copy(update={"missing_classes": "warn"}), spec)
     assert any("class land" in note for note in warned.notes)
-    assert "class land: no pixel in any label" in check_dataset(config, spec,
-                                                                progress=False).problems
+    assert "class land: no pixel in any label" in check_dataset(root, spec, progress=False).problems
 
 
 def test_a_missing_class_is_said_when_a_split_is_made(tree):
     root, spec, _ = tree
     for path in (root / "labels").iterdir():
         Image.new("L", (64, 32), 1).save(path)
-    created = create_split(root, spec, labels=3, progress=False)
+    created = split_dataset(root, spec, labels=3, progress=False)
     assert "warning: no labelled image shows land" in created.notes
 
 
 def test_lists_are_checked(tree):
-    root, spec, config = tree
+    root, spec, _ = tree
     folder = root / "splits" / "bad"
     shutil.copytree(root / "splits" / "labels_2", folder)
     (folder / "labeled.txt").write_text("../x.png labels/a_5.png\nimages/a_5.png labels/a_5.png\n")
     (root / "labels" / "stray.png").write_bytes(b"")
-    report = check_dataset(config.model_copy(update={"batch_size": 8}), spec, progress=False)
+    report = check_dataset(root, spec, batch_size=8, progress=False)
     text = "\n".join(report.problems)
     assert "outside the data root" in text and "both labeled.txt and val.txt" in text
     assert "stray.png: label without an image" in text
@@ -124,11 +125,11 @@ def test_lists_are_checked(tree):
 def test_groups_in_both_lists_are_warned_about(tmp_path):
     raw = write_raw(tmp_path / "raw", ["a/1", "a/2"], size=(64, 64))
     root, spec = tmp_path / "toy", two_classes()
-    prepare_dataset(raw, root, spec, progress=False)
+    prepare_dataset(spec, raw, root, progress=False)
     folder = root / "splits" / "mixed"
     folder.mkdir(parents=True)
     for list_, name in (("labeled", "a_1_0_0"), ("val", "a_1_32_0"), ("unlabeled", "a_2_0_0")):
         (folder / f"{list_}.txt").write_text(f"images/{name}.png labels/{name}.png\n")
-    report = check_dataset(DataConfig(root=root, batch_size=1), spec, progress=False)
+    report = check_dataset(root, spec, progress=False)
     assert any("1 groups are in both training and validation, for example a/1" in w
                for w in report.warnings)

@@ -13,9 +13,9 @@ from co2s_fast.data import (
     Batch,
     DataConfig,
     build_loader,
-    create_split,
     open_split,
     prepare_dataset,
+    split_dataset,
     steps_per_epoch,
 )
 from co2s_fast.data.draws import UNLABELED
@@ -156,8 +156,8 @@ def test_usage_errors(load, options, expected):
 def test_a_file_damaged_meanwhile_is_named_in_one_line(tmp_path, workers):
     raw = write_raw(tmp_path / "raw", [f"a/{p}" for p in range(6)], size=(32, 64))
     root, spec = tmp_path / "toy", two_classes(val=["a/5"], tile={})
-    prepare_dataset(raw, root, spec, progress=False)
-    create_split(root, spec, labels=2, progress=False)
+    prepare_dataset(spec, raw, root, progress=False)
+    split_dataset(root, spec, labels=2, progress=False)
     config = DataConfig(root=root, labels=2, batch_size=1, workers=workers)
     split = open_split(config, spec)
     truncate(split.unlabeled[1].image)
@@ -171,7 +171,7 @@ def test_unlabelled_images_without_labels_have_truth_255(tmp_path):
     raw = write_raw(tmp_path / "raw", [f"a/{p}" for p in range(6)], size=(32, 64),
                     without_mask=("a/0", "a/1"))
     root, spec = tmp_path / "toy", two_classes(val=["a/5"], tile={})
-    prepare_dataset(raw, root, spec, progress=False)
+    prepare_dataset(spec, raw, root, progress=False)
     config = DataConfig(root=root, labels=2, batch_size=1, workers=0)
     split = open_split(config, spec)
     seen = {}

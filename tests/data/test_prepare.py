@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from toy_data import truncate, two_classes, write_raw
 
-from co2s_fast.data import create_split, load_dataset, prepare_dataset
+from co2s_fast.data import load_dataset, prepare_dataset, split_dataset
 from co2s_fast.data.catalogue import TileSpec
 from co2s_fast.data.pairing import find_sources, pattern
 from co2s_fast.data.prepare import starts
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def prepare(raw, out, spec):
-    return prepare_dataset(raw, out, spec, progress=False)
+    return prepare_dataset(spec, raw, out, progress=False)
 
 
 def test_templates_match_whole_paths_and_repeat_fields():
@@ -123,7 +123,7 @@ def test_again_changes_nothing_and_another_description_is_refused(tmp_path):
     other = two_classes(tile={"size": 16})
     with pytest.raises(DataError, match="exists and was not prepared"):
         prepare(raw, out, other)
-    assert prepare_dataset(raw, out, other, overwrite=True, progress=False).tiles == 24
+    assert prepare_dataset(other, raw, out, overwrite=True, progress=False).tiles == 24
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match="exists"):
@@ -151,6 +151,20 @@ def test_names_that_collide(tmp_path):
         prepare(raw, tmp_path / "out", two_classes())
 
 
+def test_generated_and_raw_datasets_from_one_command(tmp_path, demo_spec, monkeypatch):
+    import co2s_fast.data.demo as demo
+
+    small = demo.generate_demo
+    monkeypatch.setattr(demo, "generate_demo", lambda root, spec, progress: small(
+        root, spec, scenes=4, progress=progress))
+    (tmp_path / "demo").mkdir()
+    made = prepare_dataset(demo_spec, None, tmp_path / "demo", progress=False)
+    assert made.tiles == 64 and not made.already
+    assert prepare_dataset(demo_spec, None, tmp_path / "demo", progress=False).already
+    with pytest.raises(UsageError, match="give their folder with --raw"):
+        prepare_dataset(two_classes(), None, tmp_path / "out")
+
+
 def test_dubai(shared_dir, tmp_path):
     """One real scene by the example description: nine parts of 509 x 544, linked, not copied."""
     raw = shared_dir / "data" / "dubai-raw"
@@ -165,7 +179,7 @@ def test_dubai(shared_dir, tmp_path):
     assert (prepared.images, prepared.tiles, prepared.labeled) == (9, 9 * 6, 9 * 6)
     assert sum(prepared.pixels.values()) == 9 * 6 * 128 * 128
     assert prepared.pixels["building"] > 0
-    created = create_split(out, spec, ratio="1/16", progress=False)
+    created = split_dataset(out, spec, ratio="1/16", progress=False)
     assert created.val == 18 and created.labeled == 36 // 16
     val = (out / "splits" / "val.txt").read_text().split()
     assert {name.split("_")[1] for name in val} == {"007", "008", "009"}

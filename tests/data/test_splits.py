@@ -9,10 +9,17 @@ import pytest
 from PIL import Image
 from toy_data import two_classes, write_raw
 
-from co2s_fast.data import DataConfig, create_split, load_dataset, open_split, prepare_dataset
+from co2s_fast.data import (
+    DataConfig,
+    describe_catalogue,
+    load_dataset,
+    open_split,
+    prepare_dataset,
+    split_dataset,
+)
 from co2s_fast.data.config import parse_ratio
 from co2s_fast.data.split_maker import labeled_order
-from co2s_fast.data.splits import find_root, read_list
+from co2s_fast.data.splits import describe_root, find_root, read_list
 from co2s_fast.data.tiles import group_from_name
 from co2s_fast.errors import DataError, UsageError
 
@@ -24,7 +31,7 @@ def tree(tmp_path):
                     without_mask=("a/4", "b/4"))
     root = tmp_path / "toy"
     spec = two_classes(val=["*/3"], tile={})
-    prepare_dataset(raw, root, spec, progress=False)
+    prepare_dataset(spec, raw, root, progress=False)
     return root, spec
 
 
@@ -72,7 +79,7 @@ def test_the_authors_lists(shared_dir, dataset):
 def test_ratios_and_the_files_written(demo_root, demo_spec, tmp_path, ratio, count):
     root = tmp_path / "demo"
     shutil.copytree(demo_root, root)
-    created = create_split(root, demo_spec, ratio=ratio, progress=False)
+    created = split_dataset(root, demo_spec, ratio=ratio, progress=False)
     assert (created.labeled, created.unlabeled, created.val) == (count, 48 - count, 16)
     text = (created.folder / "labeled.txt").read_text().splitlines()
     image, label = text[0].split(" ")
@@ -125,13 +132,13 @@ def test_validation_takes_whole_groups_and_labels_only(tree):
     assert {"a_4", "b_4"} < set(names(split.unlabeled))
     assert {i.label for i in split.unlabeled if i.name == "a_4"} == {None}
     with pytest.raises(DataError, match="5 labelled images wanted, 4 of 6"):
-        create_split(root, spec, labels=5, progress=False)
+        split_dataset(root, spec, labels=5, progress=False)
 
 
 def test_a_share_of_the_groups_validates(tmp_path):
     raw = write_raw(tmp_path / "raw", [f"a/{p}" for p in range(10)], size=(64, 64))
     spec = two_classes(val=0.2)
-    prepare_dataset(raw, tmp_path / "toy", spec, progress=False)
+    prepare_dataset(spec, raw, tmp_path / "toy", progress=False)
     split = opened(tmp_path / "toy", spec, labels=4)
     val = {group_from_name(n) for n in names(split.val)}
     train = {group_from_name(i.name) for i in (*split.labeled, *split.unlabeled)}
@@ -214,6 +221,35 @@ def test_missing_data_says_what_to_fetch_and_run(tmp_path, monkeypatch):
     assert "store/potsdam/images" in message and "data/potsdam/images" in message
     assert "fetch it from https://www.isprs.org" in message
     assert "co2s-fast data prepare potsdam --raw RAW_FOLDER --out data/potsdam" in message
+
+
+def test_a_folder_says_what_it_holds(tree, tmp_path):
+    root, spec = tree
+    assert describe_root(root).class_names == spec.class_names
+    assert split_dataset(root, labels=2, progress=False).labeled == 2
+    (tmp_path / "potsdam").mkdir()
+    assert describe_root(tmp_path / "potsdam").name == "potsdam"
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DataError, match=r"mine: no dataset\.yaml"):
+        describe_root(tmp_path / "mine")
+    with pytest.raises(DataError, match="missing folder"):
+        describe_root(tmp_path / "gone")
+    with pytest.raises(UsageError, match="expected a share"):
+        split_dataset(root, ratio="3", progress=False)
+    with pytest.raises(UsageError, match="either a ratio or a number"):
+        split_dataset(root, progress=False)
+
+
+def test_listing(tmp_path, monkeypatch, tree):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CO2S_DATA", raising=False)
+    text = describe_catalogue()
+    assert "(the paper says 5987)" in text and "#0000ff water: lake, river" in text
+    assert "made on first use" in text and "not found" in text
+    (tmp_path / "data").mkdir()
+    shutil.copytree(tree[0], tmp_path / "data" / "whdld")
+    assert "unusable: data/whdld/dataset.yaml: was prepared for classes land" in (
+        describe_catalogue())
 
 
 def test_where_data_is_looked_for(tmp_path, monkeypatch):
