@@ -37,6 +37,7 @@ class Batch:
     boxes: tuple[Tensor, Tensor]  # int32 [B, 4] each: x1, y1, x2, y2
     box_maps: tuple[Tensor, Tensor]  # int64 [B, H, W] each: 1 inside the box
     partner: Tensor  # int64 [B]
+    threshold: float = THRESHOLD
 
     @property
     def size(self) -> tuple[int, int]:
@@ -76,6 +77,7 @@ def masked_cross_entropy(
     confidence: Tensor | None,
     ignore: Tensor | None,
     plain_indexing: bool = True,
+    threshold: float = THRESHOLD,
 ) -> Tensor:
     """Cross-entropy over valid and confident pixels, divided by the count of valid ones."""
     full = upsample(logits, tuple(target.shape[-2:]))
@@ -83,18 +85,22 @@ def masked_cross_entropy(
     valid = target != IGNORE
     if ignore is not None:
         valid = valid & (ignore != IGNORE)
-    taken = valid if confidence is None else valid & (confidence >= THRESHOLD)
+    taken = valid if confidence is None else valid & (confidence >= threshold)
     return (loss * taken).sum() / count(valid, plain_indexing)
 
 
 def stability_loss(
-    logits_a: Tensor, logits_b: Tensor, size: tuple[int, int], ignore: Tensor | None = None
+    logits_a: Tensor,
+    logits_b: Tensor,
+    size: tuple[int, int],
+    ignore: Tensor | None = None,
+    threshold: float = THRESHOLD,
 ) -> tuple[Tensor, Tensor]:
     """Masked mean squared error of probabilities; the more confident student teaches."""
     p_a, p_b = (upsample(z, size).softmax(dim=1) for z in (logits_a, logits_b))
     c_a, c_b = p_a.detach().amax(dim=1), p_b.detach().amax(dim=1)
-    learns_a = (c_b >= THRESHOLD) & (c_b >= c_a)
-    learns_b = (c_a >= THRESHOLD) & (c_a >= c_b)
+    learns_a = (c_b >= threshold) & (c_b >= c_a)
+    learns_b = (c_a >= threshold) & (c_a >= c_b)
     losses = []
     for pupil, teacher, learns in ((p_a, p_b, learns_a), (p_b, p_a, learns_b)):
         if ignore is not None:
@@ -118,9 +124,10 @@ def student_losses(
     else:
         other_confidence, other_label = confidence[batch.partner], label[batch.partner]
     other_ignore = batch.ignore[batch.partner]
-    total = masked_cross_entropy(logits["x"], batch.labels, None, None, plain_indexing)
+    options = (plain_indexing, batch.threshold)
+    total = masked_cross_entropy(logits["x"], batch.labels, None, None, *options)
     total = total + 0.5 * masked_cross_entropy(
-        logits["fp"], label, confidence, batch.ignore, plain_indexing
+        logits["fp"], label, confidence, batch.ignore, *options
     )
     for view, box in zip(("s1", "s2"), batch.box_maps, strict=True):
         mixed = (
@@ -131,7 +138,7 @@ def student_losses(
                 (batch.ignore, other_ignore),
             )
         )
-        total = total + 0.25 * masked_cross_entropy(logits[view], *mixed, plain_indexing)
+        total = total + 0.25 * masked_cross_entropy(logits[view], *mixed, *options)
     return 0.5 * total
 
 
@@ -141,5 +148,5 @@ def loss_section(
     """All losses of one co2s step: both students and the stability loss between them."""
     first, second = logits.values()
     losses = [student_losses(z, batch, released, plain_indexing) for z in (first, second)]
-    stability = stability_loss(first["w"], second["w"], batch.size, batch.ignore)
+    stability = stability_loss(first["w"], second["w"], batch.size, batch.ignore, batch.threshold)
     return sum(losses) + STABILITY_WEIGHT * sum(stability)

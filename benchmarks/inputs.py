@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.eager import IGNORE, VIEWS, Batch, Logits
+from benchmarks.eager import IGNORE, THRESHOLD, VIEWS, Batch, Logits
 
 BATCH = 4
 CLASSES = 6
@@ -51,7 +51,7 @@ def make_boxes(seed: int, crop: int = CROP) -> Tensor:
     return boxes
 
 
-def make_batch(device: torch.device, crop: int = CROP) -> Batch:
+def make_batch(device: torch.device, crop: int = CROP, threshold: float = THRESHOLD) -> Batch:
     """Labels with a strip of ignored pixels, one padded image, two sets of boxes."""
     generator = torch.Generator().manual_seed(7)
     labels = torch.randint(CLASSES, (BATCH, crop, crop), generator=generator)
@@ -65,7 +65,8 @@ def make_batch(device: torch.device, crop: int = CROP) -> Batch:
         ignore=ignore.to(device),
         boxes=tuple(b.to(device) for b in boxes),
         box_maps=maps,
-        partner=torch.roll(torch.arange(BATCH), 1).to(device),
+        partner=torch.arange(BATCH).roll(-1).to(device),
+        threshold=threshold,
     )
 
 

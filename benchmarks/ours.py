@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from benchmarks.eager import STABILITY_WEIGHT, THRESHOLD, Batch, Logits
+from benchmarks.eager import STABILITY_WEIGHT, Batch, Logits
 from co2s_fast.losses import CutMix, masked_cross_entropy, softmax_confidence, stability_loss
 
 
@@ -12,7 +12,7 @@ def student_losses(logits: dict[str, Tensor], batch: Batch) -> Tensor:
     """½ (supervised + ½ fp + ¼ s1 + ¼ s2) of one student, straight from the decoder's grid."""
     confidence, label = softmax_confidence(logits["w"].detach(), batch.size)
     total = masked_cross_entropy(logits["x"], batch.labels)
-    options = {"threshold": THRESHOLD, "ignore_mask": batch.ignore}
+    options = {"threshold": batch.threshold, "ignore_mask": batch.ignore}
     total = total + 0.5 * masked_cross_entropy(logits["fp"], label, confidence, **options)
     for view, boxes in zip(("s1", "s2"), batch.boxes, strict=True):
         mix = CutMix(boxes, batch.partner)
@@ -26,6 +26,10 @@ def loss_section(logits: Logits, batch: Batch) -> Tensor:
     first, second = logits.values()
     losses = [student_losses(z, batch) for z in (first, second)]
     stability = stability_loss(
-        first["w"], second["w"], threshold=THRESHOLD, size=batch.size, ignore_mask=batch.ignore
+        first["w"],
+        second["w"],
+        threshold=batch.threshold,
+        size=batch.size,
+        ignore_mask=batch.ignore,
     )
     return sum(losses) + STABILITY_WEIGHT * sum(stability)

@@ -1,0 +1,226 @@
+"""Label efficiency: trains methods on few labels with several seeds and tabulates their mIoU.
+
+\b
+python benchmarks/accuracy.py --dataset demo --labels 4 --labels 16 --seeds 3 --work runs/accuracy
+python benchmarks/accuracy.py --dataset dubai.yaml --data-root data/dubai --name dubai --labels 6
+
+Runs go one after the other through the command line that users have. A seed fixes the weights, the
+order, the augmentation and (unless --one-split) which images are labelled; the methods of one seed
+see the same labelled images and train for the same number of steps. Finished runs are skipped and
+interrupted ones resumed, so the command can be stopped and given again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import results, tables  # noqa: E402 - needs the path above
+
+METHODS = ("onlysup", "co2s")
+HEADER = ("commit", "dirty", "date", "versions", "device", "device_type", "cpu", "threads", "cores")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run: what `co2s-fast train` is asked for."""
+
+    dataset: str
+    labels: int
+    method: str
+    seed: int
+    options: tuple[str, ...] = ()
+    one_split: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.dataset).stem}-{self.labels}-{self.method}-seed{self.seed}"
+
+    def arguments(self) -> list[str]:
+        """Arguments of the train command, without the folder."""
+        given = ["--dataset", self.dataset, "--labels", str(self.labels), "--method", self.method]
+        given += ["--seed", str(self.seed)]
+        if not self.one_split:
+            given += ["--set", f"data.split_seed={self.seed}"]
+        return [*given, *self.options]
+
+
+def run_command(command: list[str]) -> int:
+    """Exit code of a command whose output goes to the terminal."""
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def train(plan: Plan, work: Path) -> Path:
+    """Train unless that has been done, and return the run folder."""
+    folder, marker = work / plan.name, work / f"{plan.name}.finished.json"
+    arguments = plan.arguments()
+    if marker.is_file():
+        before = json.loads(marker.read_text())
+        if before != arguments:
+            raise click.UsageError(
+                f"{folder} was trained with other options ({' '.join(before)}): "
+                "give another --work, or delete it"
+            )
+        click.echo(f"{plan.name}: finished before", err=True)
+        return folder
+    click.echo(f"{plan.name}: training", err=True)
+    command = [sys.executable, "-m", "co2s_fast", "train", *arguments]
+    code = run_command([*command, "--out", str(folder), "--resume-if-exists"])
+    if code:
+        raise click.ClickException(f"{plan.name}: training ended with exit code {code}")
+    results.save(marker, arguments)
+    return folder
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run in the order of their steps; a resumed run's repeats count once."""
+    path = folder / "metrics.jsonl"
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        if record.get("kind") == "eval":
+            by_step[record["step"]] = record
+    if not by_step:
+        raise click.ClickException(f"{path}: holds no evaluation")
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def collect(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Final and best mIoU of each student and of both, and the curves, of one run."""
+    evaluations = read_evaluations(folder)
+    students = list(evaluations[-1]["students"])
+    curves = {s: [e["students"][s]["miou"] for e in evaluations] for s in students}
+    for student, curve in curves.items():
+        if None in curve:
+            raise click.ClickException(f"{folder}: {student} has an evaluation without any mIoU")
+    measured = {s for e in evaluations for s in e.get("pseudo", {})}
+    pseudo = {
+        s: [{"step": e["step"], **e["pseudo"][s]} for e in evaluations if s in e.get("pseudo", {})]
+        for s in sorted(measured)
+    }
+    keep = ("labels", "method", "seed")
+    return {
+        **{key: value for key, value in asdict(plan).items() if key in keep},
+        "steps": [e["step"] for e in evaluations],
+        "miou": curves,
+        "final": {s: curve[-1] for s, curve in curves.items()},
+        "best": {s: max(curve) for s, curve in curves.items()},
+        "pseudo": pseudo,
+    }
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation; no deviation from a single value."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": spread}
+
+
+def mean_curve(runs: list[dict[str, Any]], student: str) -> list[dict[str, float | None]]:
+    """Pseudo-label accuracy and coverage against the step, means over the runs that have them."""
+    points: dict[int, list[dict[str, Any]]] = {}
+    for run in runs:
+        for point in run["pseudo"].get(student, []):
+            points.setdefault(point["step"], []).append(point)
+    curve = []
+    for step, found in sorted(points.items()):
+        entry: dict[str, float | None] = {"step": step}
+        for key in ("accuracy", "coverage"):
+            values = [p[key] for p in found if p[key] is not None]
+            entry[key] = statistics.fmean(values) if values else None
+        curve.append(entry)
+    return curve
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each number of labels and method: mean and spread over the seeds."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["labels"], run["method"]), []).append(run)
+    summary = []
+    for (labels, method), members in groups.items():
+        students = members[0]["final"]
+        entry: dict[str, Any] = {"labels": labels, "method": method, "n": len(members)}
+        for when in ("final", "best"):
+            entry[when] = {s: mean_and_std([m[when][s] for m in members]) for s in students}
+        entry["pseudo"] = {s: mean_curve(members, s) for s in members[0]["pseudo"]}
+        summary.append(entry)
+    return summary
+
+
+def content_of(name: str, plans: list[Plan], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of the result file."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    header = results.make_header(device, repeats=1, quick=False)
+    return {
+        "schema_version": results.SCHEMA_VERSION,
+        "header": {key: header[key] for key in HEADER},
+        "dataset": name,
+        "options": list(plans[0].options),
+        "one_split": plans[0].one_split,
+        "students": list(runs[0]["final"]),
+        "runs": runs,
+        "summary": summarise(runs),
+    }
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
+@click.option("--dataset", default="demo", show_default=True, help="Name or YAML file.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Prepared dataset folder.")
+@click.option("--name", help="Name in the result file accuracy_NAME.json. Default: the dataset's.")
+@click.option("--labels", type=int, multiple=True, required=True, help="Repeatable.")
+@click.option("--method", "methods", multiple=True, default=METHODS, show_default=True)
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Seeds 0 to N-1."
+)
+@click.option("--recipe", help="A recipe of the package or a YAML file.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As in train.")
+@click.option("--one-split", is_flag=True, help="Every seed gets the same labelled images.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/accuracy"),
+              show_default=True, help="Where the runs go.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help="Default: results/accuracy_NAME.json.")
+def main(
+    dataset: str, data_root: Path | None, name: str | None, labels: tuple[int, ...],
+    methods: tuple[str, ...], seeds: int, recipe: str | None, overrides: tuple[str, ...],
+    one_split: bool, work: Path, out: Path | None,
+) -> None:  # fmt: skip
+    options: list[str] = []
+    if data_root is not None:
+        options += ["--data-root", str(data_root.resolve())]
+    if recipe is not None:
+        options += ["--recipe", recipe]
+    for override in overrides:
+        options += ["--set", override]
+    plans = [
+        Plan(dataset, count, method, seed, tuple(options), one_split)
+        for count in labels
+        for seed in range(seeds)
+        for method in methods
+    ]
+    name = name or Path(dataset).stem
+    out = out or results.FOLDER / f"accuracy_{name}.json"
+    work = work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    runs: list[dict[str, Any]] = []
+    for plan in plans:
+        runs.append(collect(plan, train(plan, work)))
+        # After every run, so that a stopped experiment leaves what it has.
+        results.save(out, content_of(name, plans, runs))
+    click.echo(tables.plain(*tables.accuracy_table(json.loads(out.read_text()))))
+    click.echo(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The label-efficiency experiment: which runs it asks for, what it skips, what it makes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from jsonschema import Draft202012Validator
+
+from benchmarks import accuracy, tables
+
+
+class FakeTraining:
+    """Stands for `co2s-fast train`: writes the metrics of a run and counts the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.code = 0
+
+    def __call__(self, command: list[str]) -> int:
+        self.calls.append(command)
+
+        def value(option: str) -> str:
+            return command[command.index(option) + 1]
+
+        folder, seed = Path(value("--out")), int(value("--seed"))
+        folder.mkdir(parents=True, exist_ok=True)
+        base = (0.5 if value("--method") == "co2s" else 0.4) + 0.02 * seed
+        records = [{"kind": "start"}, {"kind": "train", "step": 5}]
+        for step, gain in ((10, 0.1), (20, 0.05)):
+            students = {s: {"miou": base + gain} for s in ("clip", "ssm", "both")}
+            pseudo = {"clip": {"accuracy": 0.9, "coverage": None if seed else 0.5}}
+            records.append({"kind": "eval", "step": step, "students": students, "pseudo": pseudo})
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "metrics.jsonl").write_text(lines)
+        return self.code
+
+
+@pytest.fixture
+def training(monkeypatch) -> FakeTraining:
+    fake = FakeTraining()
+    monkeypatch.setattr(accuracy, "run_command", fake)
+    return fake
+
+
+@pytest.fixture
+def run(tmp_path, training):
+    def invoke(*extra: str):
+        arguments = ["--labels", "6", "--seeds", "2", "--work", str(tmp_path / "work")]
+        arguments += ["--out", str(tmp_path / "accuracy_demo.json"), *extra]
+        return CliRunner().invoke(accuracy.main, arguments)
+
+    return invoke
+
+
+def test_summary_schema_and_table(run, tmp_path, accuracy_schema):
+    result = run()
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "accuracy_demo.json").read_text())
+    Draft202012Validator(accuracy_schema).validate(content)
+    by_method = {group["method"]: group for group in content["summary"]}
+    assert by_method["co2s"]["n"] == 2
+    assert by_method["co2s"]["final"]["clip"]["mean"] == pytest.approx(0.56)
+    assert by_method["co2s"]["best"]["clip"]["mean"] == pytest.approx(0.61)
+    assert by_method["co2s"]["final"]["clip"]["std"] == pytest.approx(0.02 / 2**0.5)
+    assert by_method["co2s"]["pseudo"]["clip"][0] == {
+        "step": 10, "accuracy": pytest.approx(0.9), "coverage": 0.5,
+    }  # fmt: skip
+    text = "<!-- benchmark:accuracy_demo -->\n<!-- /benchmark -->\n"
+    assert "| 6 | co2s | 2 | 56.0 ± 1.4 |" in tables.render(text, tmp_path)
+
+
+def test_commands_differ_in_method_and_seed_only(run, training):
+    run("--set", "train.steps=20", "--data-root", "data/demo")
+    seen = set()
+    for command in training.calls:
+        assert command[1:4] == ["-m", "co2s_fast", "train"]
+        assert "--resume-if-exists" in command and "train.steps=20" in command
+        seed = command[command.index("--seed") + 1]
+        assert f"data.split_seed={seed}" in command
+        seen.add((command[command.index("--method") + 1], seed))
+    assert seen == {(m, s) for m in ("onlysup", "co2s") for s in "01"}
+
+
+def test_finished_runs_are_skipped(run, training):
+    run()
+    assert len(training.calls) == 4
+    assert run("--seeds", "3").exit_code == 0
+    assert len(training.calls) == 6
+
+
+def test_a_failed_run_stops_and_is_tried_again(run, training):
+    training.code = 1
+    result = run()
+    assert result.exit_code == 1 and "exit code 1" in result.output
+    training.code = 0
+    assert run().exit_code == 0
+    assert len(training.calls) == 1 + 4
+
+
+def test_other_options_on_old_runs_are_refused(run):
+    run()
+    result = run("--set", "train.steps=99")
+    assert result.exit_code == 2 and "was trained with other options" in result.output
+
+
+def test_one_seed_has_no_spread():
+    assert accuracy.mean_and_std([0.5]) == {"mean": 0.5, "std": None}
+
+
+def test_a_run_without_evaluation_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "start"}\n')
+    with pytest.raises(Exception, match="holds no evaluation"):
+        accuracy.read_evaluations(tmp_path)
