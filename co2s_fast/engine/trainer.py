@@ -241,8 +241,7 @@ class Trainer:
             disable=not (self.progress and self.ranks.is_main), dynamic_ncols=True,
         )  # fmt: skip
         self.window_start, self.waited_s = time.perf_counter(), 0.0
-        debug = ops.debug_checks(self.config.train.debug_steps > 0)
-        with bar, debug:
+        with bar, ops.debug_checks(self.config.train.debug_steps > 0):
             while self.step < self.total_steps:
                 waiting = time.perf_counter()
                 batch = next(batches)
