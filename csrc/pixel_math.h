@@ -197,11 +197,15 @@ template <class V> CO2S_HD V stability_slope(V p, V difference, V mean_differenc
 constexpr int32_t kNotTaken = -1;
 constexpr int32_t kOutOfRange = -2;
 
-CO2S_HD int32_t checked_label(int64_t value, int64_t num_classes, int64_t ignore_index) {
-  const int32_t other = value == ignore_index ? kNotTaken : kOutOfRange;
-  return value != ignore_index && static_cast<uint64_t>(value) < static_cast<uint64_t>(num_classes)
-             ? static_cast<int32_t>(value)
-             : other;
+// Its two halves are looked at apart: 32-bit comparisons vectorise twice as wide.
+CO2S_HD int32_t checked_label(int64_t value, int32_t num_classes, int64_t ignore_index) {
+  const int32_t low = static_cast<int32_t>(value), high = static_cast<int32_t>(value >> 32);
+  const int32_t ignored_low = static_cast<int32_t>(ignore_index);
+  const int32_t ignored_high = static_cast<int32_t>(ignore_index >> 32);
+  const bool ignored = (low == ignored_low) & (high == ignored_high);
+  const bool is_class = (high == 0) & (low >= 0) & (low < num_classes);
+  const int32_t label = is_class ? low : kOutOfRange;
+  return ignored ? kNotTaken : label;
 }
 
 // boxes [B,4] (x1, y1, x2, y2), half-open: is (y, x) taken from the partner?

@@ -63,10 +63,12 @@ CO2S_INLINE void with_integers(const MapView& map, const Run& run, int64_t y, F 
 }
 
 CO2S_INLINE void read_targets(const PixelMaps& maps, const Run& run, int64_t y, int32_t* labels) {
+  const auto classes = static_cast<int32_t>(maps.classes);
+  const int64_t ignore_index = maps.ignore_index;
   with_integers(maps.target, run, y, [&](const auto* from, int64_t stride) __attribute__((
                                          always_inline)) {
     for (int64_t i = 0; i < run.end - run.begin; ++i) {
-      labels[run.begin + i] = checked_label(from[i * stride], maps.classes, maps.ignore_index);
+      labels[run.begin + i] = checked_label(from[i * stride], classes, ignore_index);
     }
   });
 }
