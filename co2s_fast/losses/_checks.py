@@ -54,9 +54,10 @@ def check_map(
     """
     check_tensor(name, value)
     given = list(value.shape)
-    expected = [logits.shape[0], *size] if size is not None else [logits.shape[0], "H", "W"]
-    if value.dim() != 3 or given[0] != expected[0] or (size is not None and given != expected):
-        raise ValueError(f"{name}: expected shape {expected}, got {given}")
+    batch = logits.shape[0]
+    if value.dim() != 3 or given[0] != batch or (size is not None and given[1:] != list(size)):
+        height, width = ("H", "W") if size is None else size
+        raise ValueError(f"{name}: expected shape [{batch}, {height}, {width}], got {given}")
     if min(given[1:]) < 1:
         raise ValueError(f"{name}: expected at least one pixel, got shape {given}")
     if kind == "integer" and value.dtype not in _INTEGERS:

@@ -1,0 +1,137 @@
+"""Virtual upsampling is virtual: no B×K×H×W tensor is ever allocated, forward or backward."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BATCH, CLASSES, GRID, SIDE = 4, 32, 64, 256
+FULL_MIB = BATCH * CLASSES * SIDE**2 * 4 / 2**20  # one float32 tensor at full resolution: 32
+# What remains is of the size of maps (a float32 one has 1 MiB here) and of low-resolution logits.
+ALLOWED_SHARE = 0.25
+
+WORKER = """
+import json, sys, torch
+from co2s_fast import losses, ops
+
+batch, classes, grid, side = (int(x) for x in sys.argv[2:6])
+torch.set_num_threads(2)
+
+
+def inputs(grid, side):
+    a, b = (torch.randn(batch, classes, grid, grid) * 4 for _ in range(2))
+    label = torch.randint(0, classes, (batch, side, side), dtype=torch.uint8)
+    return a, b, label, torch.rand(batch, side, side) * 0.1 + 0.9
+
+
+def cross_entropy(a, b, label, confidence):
+    losses.masked_cross_entropy(a.requires_grad_(), label, confidence).backward()
+
+
+def cross_entropy_map(a, b, label, confidence):
+    loss = losses.masked_cross_entropy(a.requires_grad_(), label, confidence, reduction="none")
+    loss.sum().backward()
+
+
+def stability(a, b, label, confidence):
+    pair = losses.stability_loss(
+        a.requires_grad_(), b.requires_grad_(), threshold=0.5, size=label.shape[1:]
+    )
+    sum(pair).backward()
+
+
+def confidence(a, b, label, confidence):
+    losses.softmax_confidence(a, label.shape[1:])
+
+
+def confusion(a, b, label, confidence):
+    losses.confusion_matrix(a, label)
+
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def peak_mib(function):
+    given = inputs(grid, side)
+    open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
+    before = status("VmRSS")
+    function(*given)
+    return status("VmHWM") - before
+
+
+with ops.use_backend(sys.argv[1]):
+    functions = [globals()[name] for name in sys.argv[6:]]
+    for function in functions:
+        function(*inputs(8, 32))  # libraries and threads are loaded now
+    print(json.dumps({function.__name__: peak_mib(function) for function in functions}))
+"""
+
+
+OPS = ("cross_entropy", "cross_entropy_map", "stability", "confidence", "confusion")
+
+
+def peaks(backend: str, tmp_path: Path, names: tuple[str, ...] = OPS) -> dict[str, float]:
+    """Extra resident memory in MiB at the peak of each op, forward and backward."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc/self")
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    sizes = [str(x) for x in (BATCH, CLASSES, GRID, SIDE)]
+    done = subprocess.run(
+        [sys.executable, str(script), backend, *sizes, *names],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode and "clear_refs" in done.stderr:
+        pytest.skip("this kernel does not reset the peak of resident memory")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_measurement_sees_full_resolution_tensors(tmp_path):
+    """The control: the reference does allocate them."""
+    for name, mib in peaks("reference", tmp_path, ("cross_entropy", "confusion")).items():
+        assert mib > 0.9 * FULL_MIB, f"{name}: {mib:.1f} MiB at the peak"
+
+
+def test_cpp_allocates_none(cpp_target, tmp_path):
+    for name, mib in peaks("cpp", tmp_path).items():
+        assert mib < ALLOWED_SHARE * FULL_MIB, f"{name}: {mib:.1f} MiB at the peak"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_gpu_backends_allocate_none(backend):
+    from co2s_fast import losses, ops
+
+    status = ops.backend_status()[backend]
+    if not status.live:
+        pytest.skip(f"backend {backend}: {status.why}")
+    a, b = (torch.randn(BATCH, CLASSES, GRID, GRID, device="cuda") * 4 for _ in range(2))
+    label = torch.randint(0, CLASSES, (BATCH, SIDE, SIDE), device="cuda", dtype=torch.uint8)
+    a.requires_grad_(), b.requires_grad_()
+
+    def step() -> None:
+        confidence, pseudo = losses.softmax_confidence(a, (SIDE, SIDE))
+        loss = losses.masked_cross_entropy(a, pseudo, confidence, threshold=0.5)
+        loss = loss + sum(losses.stability_loss(a, b, threshold=0.5, size=(SIDE, SIDE)))
+        loss.backward()
+        losses.confusion_matrix(a, label)
+
+    with ops.use_backend(backend):
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        extra = (torch.cuda.max_memory_allocated() - before) / 2**20
+    # Confidence (1 MiB), label (2 MiB) and the gradients live together in this step.
+    assert extra < 0.5 * FULL_MIB, f"{extra:.1f} MiB at the peak"

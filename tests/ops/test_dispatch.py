@@ -1,0 +1,131 @@
+"""The choice of a backend, what is said when one is missing, and the debug switch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from co2s_fast import ops
+from co2s_fast.losses import masked_cross_entropy, softmax_confidence
+from co2s_fast.ops import dispatch
+
+ABSENT = [name for name in ops.BACKENDS if not ops.backend_status()[name].live]
+
+
+def python(code: str, **environment: str) -> str:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_status_tells_why_and_what_to_do():
+    status = ops.backend_status()
+    assert tuple(status) == ("reference", "cpp", "triton", "cuda")
+    assert status["reference"].live
+    for entry in status.values():
+        assert bool(entry.why) == bool(entry.fix) == (not entry.live)
+
+
+def test_forced_backend_serves_and_is_restored():
+    default = ops.backend("cpu")
+    with ops.use_backend("reference"):
+        assert ops.backend(torch.zeros(1)) == "reference"
+    assert ops.backend("cpu") == default
+
+
+def test_forced_backend_is_restored_after_an_error():
+    default = ops.backend("cpu")
+    with pytest.raises(KeyError), ops.use_backend("reference"):
+        raise KeyError
+    assert ops.backend("cpu") == default
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="use_backend: got 'numpy', expected one of reference"):
+        ops.use_backend("numpy").__enter__()
+
+
+@pytest.mark.skipif(not ABSENT, reason="every backend is live")
+def test_absent_backend_never_falls_back():
+    with pytest.raises(RuntimeError, match=f"{ABSENT[0]!r} is not live: .*Fix: "):
+        ops.use_backend(ABSENT[0]).__enter__()
+
+
+def test_forced_backend_refuses_other_devices(monkeypatch):
+    monkeypatch.setattr(dispatch, "_forced", "cuda")
+    with pytest.raises(RuntimeError, match="'cuda' was asked for but cannot serve cpu tensors"):
+        softmax_confidence(torch.zeros(1, 2, 3, 3))
+
+
+def test_default_order(monkeypatch):
+    live = {"cuda": "", "triton": "", "cpp": ""}
+    monkeypatch.setattr(dispatch, "_why_not", lambda name, device: live[name])
+    choose = dispatch._default.__wrapped__
+    assert (choose("cuda"), choose("cpu")) == ("cuda", "cpp")
+    live["cuda"] = "not built"
+    assert choose("cuda") == "triton"
+    live["triton"], live["cpp"] = "not installed", "not built"
+    for device, wanted in (("cuda", "triton"), ("cpu", "cpp")):
+        with pytest.warns(RuntimeWarning, match=f"not.*To get the {wanted} backend: pip install"):
+            assert choose(device) == "reference"
+
+
+MISSING_NATIVE = """
+import sys, warnings
+sys.modules["co2s_fast._native"] = None  # what an installation without a compiler looks like
+import torch
+from co2s_fast.losses import softmax_confidence
+from co2s_fast import ops
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        softmax_confidence(torch.zeros(1, 2, 3, 3))
+    ops.backend("cpu")
+print(ops.backend("cpu"), len(caught), ops.load_native(), caught[0].message)
+"""
+
+
+def test_without_the_native_library_one_warning_and_the_reference():
+    text = python(MISSING_NATIVE)
+    assert text.startswith("reference 1 None ")
+    assert "native library could not be loaded" in text and "pip install" in text
+
+
+def test_import_loads_neither_native_code_nor_triton():
+    code = (
+        "import sys, co2s_fast.losses\n"
+        "print([m for m in ('co2s_fast._native', 'co2s_fast.kernels', 'triton') "
+        "if m in sys.modules])"
+    )
+    assert python(code).strip() == "[]"
+
+
+def test_debug_checks_switch_and_block():
+    assert not dispatch.debugging()
+    with ops.debug_checks(True):
+        assert dispatch.debugging()
+        with ops.debug_checks(False):
+            assert not dispatch.debugging()
+        assert dispatch.debugging()
+    assert not dispatch.debugging()
+    ops.debug_checks(True)
+    assert dispatch.debugging()
+    ops.debug_checks(False)
+    assert not dispatch.debugging()
+
+
+@pytest.mark.gpu
+def test_debug_checks_find_bad_classes_on_the_gpu():
+    logits = torch.zeros(1, 3, 2, 2, device="cuda")
+    label = torch.full((1, 2, 2), 3, device="cuda")
+    assert masked_cross_entropy(logits, label).item() == 0
+    with ops.debug_checks(True), pytest.raises(IndexError, match=r"target: class 3.*\[0, 3\)"):
+        masked_cross_entropy(logits, label)
