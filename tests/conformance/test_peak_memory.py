@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 
 BATCH, CLASSES, GRID, SIDE = 4, 32, 64, 256
 FULL_MIB = BATCH * CLASSES * SIDE**2 * 4 / 2**20  # one float32 tensor at full resolution: 32
-# What remains is of the size of maps (a float32 one has 1 MiB here) and of low-resolution logits.
-ALLOWED_SHARE = 0.25
+# What remains are maps (1 MiB for a float32 one) and low-resolution logits, saved gradients and
+# gradients (2 MiB each, four of them for two students).
+ALLOWED_SHARE = 0.4
 
 WORKER = """
 import json, sys, torch
@@ -89,6 +91,9 @@ def peaks(backend: str, tmp_path: Path, names: tuple[str, ...] = OPS) -> dict[st
         capture_output=True,
         text=True,
         timeout=300,
+        # Every large block comes fresh from the system and goes back when freed, so none hides in
+        # memory that an earlier op left resident.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     if done.returncode and "clear_refs" in done.stderr:
         pytest.skip("this kernel does not reset the peak of resident memory")
