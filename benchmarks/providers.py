@@ -28,6 +28,8 @@ def unavailable(name: str, device: torch.device) -> str | None:
             return "liger-kernel is not installed"
     if name not in BACKENDS:
         return None
+    if name == "triton" and device.type != "cuda":
+        return "Triton's kernels need a CUDA GPU (its interpreter is for tests, not for timing)"
     from co2s_fast import ops
 
     try:
