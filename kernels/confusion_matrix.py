@@ -80,7 +80,7 @@ def confusion_matrix(
 
     Raises:
         TypeError: another dtype of logits.
-        ValueError: another shape, or more than 256 classes.
+        ValueError: another shape.
     """
     check_logits(logits)
     batch, num_classes = logits.shape[:2]

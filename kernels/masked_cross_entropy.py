@@ -111,7 +111,7 @@ def masked_cross_entropy(
 
     Raises:
         TypeError: another dtype of logits.
-        ValueError: another shape, or more than 256 classes.
+        ValueError: another shape.
     """
     check_logits(logits)
     batch, num_classes = logits.shape[:2]

@@ -6,8 +6,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pixel_math import map_offset
-
 
 @triton.jit
 def load_box(boxes_ptr, partner_ptr, image, HAS_BOXES: tl.constexpr):
@@ -23,23 +21,32 @@ def load_box(boxes_ptr, partner_ptr, image, HAS_BOXES: tl.constexpr):
 
 
 @triton.jit
-def source_image(image, batch, y, x, box, in_tile, HAS_BOXES: tl.constexpr):
-    """The image that pixels (y, x) of `image` read their labels from, and whether it exists."""
+def source_image(image, batch, y, x, box, HAS_BOXES: tl.constexpr):
+    """The image that pixels (y, x) of `image` read their labels from.
+
+    A partner outside the batch empties the box: nothing is ever read out of bounds.
+    """
     if HAS_BOXES:
         x1, y1, x2, y2, partner = box
         inside = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
-        source = tl.where(inside, partner, image)
-        return source, in_tile & (source >= 0) & (source < batch)
+        candidate = tl.where(inside, partner, image)
+        return tl.where((candidate >= 0) & (candidate < batch), candidate, image)
     else:
-        return image, in_tile
+        return image
 
 
 @triton.jit
 def read_map(maps, source, p, y, x, mask, FLAT: tl.constexpr):
-    """Values [P] of a map (pointer and three strides) at pixels of images `source`, 0 elsewhere."""
+    """Values [P] of a map (pointer and three strides) at pixels of images `source`, 0 elsewhere.
+
+    FLAT: pixel p lies p · x_stride from the first, as rows follow each other without gaps.
+    """
     map_ptr, b_stride, y_stride, x_stride = maps
-    offset = source * b_stride + map_offset(p, y, x, y_stride, x_stride, FLAT)
-    return tl.load(map_ptr + offset, mask=mask, other=0)
+    if FLAT:
+        offset = p * x_stride
+    else:
+        offset = y * y_stride + x * x_stride
+    return tl.load(map_ptr + (source * b_stride + offset), mask=mask, other=0)
 
 
 @triton.jit
@@ -50,18 +57,18 @@ def read_pixels(
 ):  # fmt: skip
     """Class int32 [P], valid and taken (valid and confident) of pixels; stays inside the tensors.
 
-    A class outside [0, K) or a partner outside the batch makes a pixel not valid. `target`,
+    A class outside [0, K) makes a pixel not valid. `target`,
     `ignore` and `confidence` are maps: (pointer, b_stride, y_stride, x_stride).
     """
-    source, known = source_image(image, batch, y, x, box, in_tile, HAS_BOXES)
-    label = read_map(target, source, p, y, x, known, FLAT).to(tl.int64)
-    valid = known & (label != ignore_index) & (label >= 0) & (label < K)
+    source = source_image(image, batch, y, x, box, HAS_BOXES)
+    label = read_map(target, source, p, y, x, in_tile, FLAT).to(tl.int64)
+    valid = in_tile & (label != ignore_index) & (label >= 0) & (label < K)
     if HAS_IGNORE:
-        padding = read_map(ignore, source, p, y, x, known, FLAT).to(tl.int64)
+        padding = read_map(ignore, source, p, y, x, in_tile, FLAT).to(tl.int64)
         valid = valid & (padding != ignore_index)
     taken = valid
     if HAS_CONFIDENCE:
-        sure = read_map(confidence, source, p, y, x, known, FLAT).to(tl.float32)
+        sure = read_map(confidence, source, p, y, x, in_tile, FLAT).to(tl.float32)
         taken = valid & (sure >= threshold)
     return tl.where(valid, label, 0).to(tl.int32), valid, taken
 

@@ -154,9 +154,13 @@ def reciprocal(total):
 @triton.jit
 def softmax_tile(z):
     """Softmax [BLOCK_K, P] of a tile that holds all classes, and its maximum [P]."""
-    shift = finite_shift(tl.max(z, 0))
-    e = tl.exp(z - shift[None, :])
-    confidence = reciprocal(softmax_total(tl.sum(e, 0)))
+    # finite_shift, softmax_total and reciprocal, spelt out: calls are dear in the interpreter, and
+    # this stands in the innermost loops
+    top = tl.max(z, 0)
+    e = tl.exp(z - tl.where(top == float("-inf"), 0.0, top)[None, :])
+    total = tl.sum(e, 0)
+    total = tl.where(total == 0.0, float("nan"), total)
+    confidence = tl.div_rn(tl.full(total.shape, 1.0, tl.float32), total)
     return e * confidence[None, :], confidence
 
 

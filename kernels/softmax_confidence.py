@@ -57,7 +57,7 @@ def softmax_confidence(
 
     Raises:
         TypeError: another dtype of logits.
-        ValueError: another shape, or more than 256 classes.
+        ValueError: another shape.
     """
     check_logits(logits)
     batch, num_classes = logits.shape[:2]

@@ -127,7 +127,7 @@ def stability_loss(
 
     Raises:
         TypeError: another dtype of logits.
-        ValueError: another shape, or more than 256 classes.
+        ValueError: another shape.
     """
     check_pair(logits_a, logits_b)
     batch, num_classes = logits_a.shape[:2]

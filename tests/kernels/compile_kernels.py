@@ -101,7 +101,7 @@ def call_launchers(dtype: torch.dtype, num_classes: int, align_corners: bool, wi
         for name, module in sys.modules.items():
             if name.startswith("co2s_fast.kernels.") and hasattr(module, "is_wide"):
                 module.is_wide = lambda *tensors: True
-    for grid, mixed in itertools.product((size, out), (False, True)):
+    for grid, mixed in itertools.product((size, out), (True,) if wide else (False, True)):
         logits = torch.zeros(batch, num_classes, grid, grid, dtype=dtype)
         labels = (
             (target, confidence, 0.95, ignore, 255, torch.ones(num_classes), boxes, partner)

@@ -29,6 +29,7 @@ GRIDS = [
     pytest.param(2, 1, (3, 3), (6, 6), False, id="one-class"),
     pytest.param(2, 18, (3, 4), (6, 8), False, id="statistics"),
     pytest.param(1, 40, (3, 3), (3, 3), False, id="class-blocks"),
+    pytest.param(1, 300, (2, 2), (2, 2), False, id="300-classes"),
 ]
 
 
@@ -129,7 +130,7 @@ def test_nothing_taken_is_zero(out, device) -> None:
 
 
 @pytest.mark.parametrize("out", [(3, 4), (6, 8)])
-def test_bad_class_or_partner_is_not_valid(out, device) -> None:
+def test_bad_class_is_not_valid_and_bad_partner_no_box(out, device) -> None:
     target = torch.randint(0, 4, (2, *out), device=device)
     good, bad = target.clone(), target.clone()
     good[0, 0], bad[0, 0], bad[0, 0, 1] = 255, 4, -7
@@ -140,8 +141,9 @@ def test_bad_class_or_partner_is_not_valid(out, device) -> None:
     assert found[0].equal(wanted[0]) and found[1].equal(wanted[1])
     boxes = torch.tensor([[0, 0, 2, 2], [0, 0, 0, 0]], dtype=torch.int32, device=device)
     partner = torch.tensor([10**9, 0], device=device)
-    _, counts, _ = masked_cross_entropy(logits, target, *rest, boxes, partner, False, False, True)
-    assert counts[0].item() == target.numel() - 4
+    plain = masked_cross_entropy(logits, target, *rest, None, None, False, False, True)
+    boxed = masked_cross_entropy(logits, target, *rest, boxes, partner, False, False, True)
+    assert boxed[0].equal(plain[0]) and boxed[1].equal(plain[1])
 
 
 @pytest.mark.parametrize("out", [(3, 3), (6, 6)])
@@ -188,8 +190,8 @@ def test_ties_go_to_the_lowest_class(device) -> None:
 def test_wrong_inputs_are_named() -> None:
     with pytest.raises(TypeError, match=r"logits: .*float64"):
         softmax_confidence(torch.zeros(1, 2, 3, 3, dtype=torch.float64), 3, 3, False)
-    with pytest.raises(ValueError, match=r"1 to 256 classes, got 257"):
-        softmax_confidence(torch.zeros(1, 257, 1, 1), 1, 1, False)
+    with pytest.raises(ValueError, match=r"logits: expected classes and cells"):
+        softmax_confidence(torch.zeros(1, 0, 1, 1), 1, 1, False)
 
 
 def test_empty_batch(device) -> None:
