@@ -23,14 +23,14 @@ from co2s_fast.data.catalogue import IGNORE, DatasetSpec, load_dataset
 from co2s_fast.data.files import save_image, save_label, write_description
 
 FIELD, WOODS, WATER, ROAD, ROOF, SOIL = range(6)
-SCENES, SIDE, TILE = 20, 512, 128
+SCENES, SIDE, TILE = 80, 256, 128
 
 # Colour families per class, RGB in [0, 1]; each parcel, river or house draws one and varies it.
 _COLORS = {
     FIELD: [(0.36, 0.43, 0.24), (0.52, 0.50, 0.30), (0.58, 0.49, 0.34), (0.30, 0.40, 0.22),
             (0.46, 0.40, 0.31)],
     WOODS: [(0.25, 0.33, 0.20), (0.31, 0.38, 0.23), (0.38, 0.37, 0.24), (0.22, 0.28, 0.20)],
-    WATER: [(0.24, 0.30, 0.32), (0.30, 0.36, 0.30), (0.40, 0.39, 0.32), (0.21, 0.27, 0.25)],
+    WATER: [(0.22, 0.29, 0.33), (0.27, 0.34, 0.33), (0.36, 0.38, 0.33), (0.20, 0.27, 0.27)],
     ROAD: [(0.47, 0.47, 0.46), (0.56, 0.53, 0.48), (0.36, 0.36, 0.37), (0.55, 0.47, 0.38)],
     ROOF: [(0.55, 0.38, 0.32), (0.50, 0.50, 0.50), (0.64, 0.61, 0.57), (0.40, 0.34, 0.31),
            (0.37, 0.39, 0.42)],
@@ -53,7 +53,7 @@ class _Scene:
 
     def color(self, kind: int) -> NDArray[np.float32]:
         base = np.array(_COLORS[kind][self.rng.integers(len(_COLORS[kind]))], np.float32)
-        return base * self.rng.uniform(0.85, 1.15) + self.rng.normal(0, 0.018, 3).astype(np.float32)
+        return base * self.rng.uniform(0.85, 1.15) + self.rng.normal(0, 0.013, 3).astype(np.float32)
 
 
 def _noise(rng: np.random.Generator, side: int, sigma: float) -> NDArray[np.float32]:
@@ -70,8 +70,8 @@ def _noise(rng: np.random.Generator, side: int, sigma: float) -> NDArray[np.floa
 def _parcels(scene: _Scene) -> NDArray[np.intp]:
     """Parcels: a Voronoi diagram with bent borders; each gets a class, a colour and a texture."""
     rng, side = scene.rng, scene.side
-    count = int(rng.integers(28, 55))
-    centres = rng.uniform(-30, side + 30, (count, 2))
+    count = int(rng.integers(9, 18))
+    centres = rng.uniform(-20, side + 20, (count, 2))
     bend = np.stack([_noise(rng, side, 14), _noise(rng, side, 14)], -1) * rng.uniform(2, 7)
     grid = np.stack(np.mgrid[:side, :side], -1).astype(np.float32)
     parcel = cKDTree(centres).query(grid + bend)[1].reshape(side, side)
@@ -109,9 +109,9 @@ def _textures(scene: _Scene, parcel: NDArray[np.intp], count: int) -> tuple[NDAr
 def _water(scene: _Scene) -> None:
     """Lakes where slow noise is low, and in most scenes a river along a bent line."""
     rng, side = scene.rng, scene.side
-    mask = _noise(rng, side, 45) < -rng.uniform(1.5, 2.4)
-    if rng.random() < 0.75:
-        mask |= np.abs(_bent_line(scene, 40)) < rng.uniform(8, 20) + 3 * _noise(rng, side, 30)
+    mask = _noise(rng, side, 30) < -rng.uniform(1.4, 2.4)
+    if rng.random() < 0.45:
+        mask |= np.abs(_bent_line(scene, 25)) < rng.uniform(7, 16) + 3 * _noise(rng, side, 30)
     ripple = 0.02 * _noise(rng, side, 3) + 0.05 * _noise(rng, side, 40)
     _paint(scene, mask, WATER, scene.color(WATER) * (1 + ripple[..., None]))
 
@@ -121,14 +121,14 @@ def _bent_line(scene: _Scene, bend: float) -> NDArray[np.float32]:
     rng, side = scene.rng, scene.side
     angle, offset = rng.uniform(0, np.pi), rng.uniform(-0.35, 0.35) * side
     y, x = np.mgrid[:side, :side].astype(np.float32) - side / 2
-    return np.cos(angle) * x + np.sin(angle) * y - offset + bend * _noise(rng, side, 70)
+    return np.cos(angle) * x + np.sin(angle) * y - offset + bend * _noise(rng, side, 45)
 
 
 def _roads(scene: _Scene) -> None:
     """Roads cross everything (bridges included); some have a centre line, some are dirt tracks."""
     rng = scene.rng
-    for _ in range(int(rng.integers(3, 7))):
-        distance = np.abs(_bent_line(scene, float(rng.uniform(0, 18))))
+    for _ in range(int(rng.integers(1, 4))):
+        distance = np.abs(_bent_line(scene, float(rng.uniform(0, 12))))
         half = rng.uniform(2.2, 5.5)
         color = scene.color(ROAD) * (1 + 0.02 * rng.standard_normal((scene.side,) * 2)[..., None])
         if half > 3.5 and rng.random() < 0.6:
@@ -193,11 +193,11 @@ def _atmosphere(scene: _Scene) -> NDArray[np.float32]:
     shift = (int(rng.integers(25, 60)), int(rng.integers(-40, 40)))
     light = light * (1 - 0.55 * np.roll(cloud, shift, (0, 1)))
     image = scene.image * light[..., None]
-    image = image * rng.uniform(0.93, 1.08, 3) * rng.uniform(0.85, 1.2)
+    image = image * rng.uniform(0.95, 1.06, 3) * rng.uniform(0.88, 1.15)
     image = image + rng.uniform(-0.03, 0.05, 3)
     image = image + cloud[..., None] * (0.92 - image)
-    image = np.clip(image, 0, 1) ** rng.uniform(0.8, 1.3)
-    haze = rng.uniform(0, 0.18)
+    image = np.clip(image, 0, 1) ** rng.uniform(0.88, 1.15)
+    haze = rng.uniform(0, 0.12)
     blur = rng.uniform(0.3, 0.8)
     image = ndimage.gaussian_filter(image * (1 - haze) + haze * 0.7, (blur, blur, 0), truncate=3)
     image += rng.uniform(0.008, 0.025) * rng.standard_normal(image.shape, np.float32)
@@ -221,7 +221,7 @@ def generate_demo(root: Path, spec: DatasetSpec | None = None, *, seed: int = 0,
                   scenes: int = SCENES, progress: bool = True) -> Path:
     """Write the demo dataset to `root`, in the layout of a prepared one, and return `root`.
 
-    20 scenes of 512 x 512 become 320 tiles of 128 x 128; the last four scenes are for validation.
+    80 scenes of 256 x 256 become 320 tiles of 128 x 128; the last 16 scenes are for validation.
     The same seed gives the same files. Written beside `root` and renamed when complete.
     """
     spec = spec or load_dataset("demo")

@@ -11,14 +11,14 @@ from co2s_fast.data import DataConfig, DatasetSpec, generate_demo, load_dataset
 
 @pytest.fixture(scope="session")
 def demo_spec() -> DatasetSpec:
-    return load_dataset("demo").model_copy(update={"val": ["scene03"]})
+    return load_dataset("demo").model_copy(update={"val": ["scene1[2-5]"]})
 
 
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory, demo_spec) -> Path:
-    """Four scenes of the demo dataset: 48 training and 16 validation tiles. Do not write to it."""
+    """Sixteen scenes of the demo dataset: 48 training and 16 validation tiles."""
     root = tmp_path_factory.mktemp("data") / "demo"
-    return generate_demo(root, demo_spec, scenes=4, progress=False)
+    return generate_demo(root, demo_spec, scenes=16, progress=False)
 
 
 @pytest.fixture

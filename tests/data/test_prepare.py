@@ -156,7 +156,7 @@ def test_generated_and_raw_datasets_from_one_command(tmp_path, demo_spec, monkey
 
     small = demo.generate_demo
     monkeypatch.setattr(demo, "generate_demo", lambda root, spec, progress: small(
-        root, spec, scenes=4, progress=progress))
+        root, spec, scenes=16, progress=progress))
     (tmp_path / "demo").mkdir()
     made = prepare_dataset(demo_spec, None, tmp_path / "demo", progress=False)
     assert made.tiles == 64 and not made.already
