@@ -20,8 +20,8 @@ namespace co2s {
 // ---- bilinear source index, as ATen's area_pixel_compute_source_index -------------------------
 
 // Where output position i reads: lower * in[index0] + upper * in[index1].
-template <class T> struct Tap {
-  int64_t index0, index1;
+template <class T, class I = int64_t> struct Tap {
+  I index0, index1;
   T lower, upper;
 };
 
@@ -35,12 +35,12 @@ CO2S_HD T interpolation_scale(int64_t in_size, int64_t out_size, bool align_corn
 
 // Arithmetic in T throughout, because float32 rounding of the index is part of what
 // F.interpolate computes for float32 tensors.
-template <class T>
-CO2S_HD Tap<T> interpolation_tap(int64_t i, int64_t in_size, T scale, bool align_corners) {
+template <class T, class I>
+CO2S_HD Tap<T, I> interpolation_tap(I i, I in_size, T scale, bool align_corners) {
   T source = align_corners ? scale * static_cast<T>(i)
                            : scale * (static_cast<T>(i) + T(0.5)) - T(0.5);
   source = source < T(0) ? T(0) : source;
-  int64_t index0 = static_cast<int64_t>(source);
+  I index0 = static_cast<I>(source);
   index0 = index0 < in_size - 1 ? index0 : in_size - 1;
   T upper = source - static_cast<T>(index0);
   upper = upper < T(0) ? T(0) : (upper > T(1) ? T(1) : upper);
@@ -126,20 +126,25 @@ CO2S_HD double log_positive(double x) { return log(x); }
 
 // ---- softmax ----------------------------------------------------------------------------------
 
-template <class V> struct SoftmaxState {
-  V max, sum; // sum = Σ_k exp(z_k - max) >= 1; NaN when any logit is NaN or +inf
-};
-
-// Replaces z by e.
-template <class V> CO2S_HD SoftmaxState<V> exponentials(V* z, int num_classes) {
+// Subtracts the maximum, which is returned.
+template <class V> CO2S_HD V subtract_max(V* z, int num_classes) {
   V top = z[0];
   for (int k = 1; k < num_classes; ++k) top = max_keep_nan(top, z[k]);
-  V sum = z[0] = exp_nonpositive(z[0] - top);
-  for (int k = 1; k < num_classes; ++k) {
-    z[k] = exp_nonpositive(z[k] - top);
-    sum = sum + z[k];
-  }
-  return {top, sum};
+  for (int k = 0; k < num_classes; ++k) z[k] = z[k] - top;
+  return top;
+}
+
+template <class V> CO2S_HD V sum_of(const V* e, int num_classes) {
+  V sum = e[0];
+  for (int k = 1; k < num_classes; ++k) sum = sum + e[k];
+  return sum;
+}
+
+// Replaces z by e; returns Σ_k e_k >= 1, which is NaN when any logit is NaN or +inf.
+template <class V> CO2S_HD V exponentials(V* z, int num_classes) {
+  subtract_max(z, num_classes);
+  for (int k = 0; k < num_classes; ++k) z[k] = exp_nonpositive(z[k]);
+  return sum_of(z, num_classes);
 }
 
 // max_k softmax(z)_k = 1 / sum. `confidence >= threshold` is `threshold * sum <= 1`; the quotient
@@ -161,10 +166,9 @@ template <class V, class I> CO2S_HD I argmax(const V* z, int num_classes) {
 }
 // ---- cross-entropy ----------------------------------------------------------------------------
 
-// weight * (log Σ exp(z) - z_label).
-template <class V>
-CO2S_HD V cross_entropy(SoftmaxState<V> state, V logit_of_label, V weight) {
-  return weight * (log_positive(state.sum) + (state.max - logit_of_label));
+// weight * (log Σ_k e_k - (z_label - max z)).
+template <class V> CO2S_HD V cross_entropy(V sum, V shifted_logit_of_label, V weight) {
+  return weight * (log_positive(sum) - shifted_logit_of_label);
 }
 
 // d/dz_k of the above: weight * (softmax_k - [k == label]); scaled = weight / sum.

@@ -41,15 +41,16 @@ private:
       for (int64_t x = 0; x < args_.plan.width; x += V::kLanes) {
         source_.open(x);
         for (y = group.begin; y < group.end; ++y) {
-          count_pixels(y, labels_.get() + (y - group.begin) * row_size_ + x);
+          count_pixels(y, x, labels_.get() + (y - group.begin) * row_size_ + x);
         }
       }
       y = group.end;
     }
   }
 
-  inline __attribute__((always_inline)) void count_pixels(int64_t y, const int32_t* labels) {
-    source_.read(y, IntVec<T>(-1), z_.get());
+  inline __attribute__((always_inline)) void count_pixels(int64_t y, int64_t x,
+                                                          const int32_t* labels) {
+    source_.read(y, x, IntVec<T>(-1), z_.get());
     const auto prediction = argmax<V, IntVec<T>>(z_.get(), source_.classes());
     for (int i = 0; i < V::kLanes; ++i) {
       if (labels[i] >= 0) ++counts_[labels[i] * args_.logits.classes + prediction.v[i]];

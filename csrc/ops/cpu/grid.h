@@ -3,9 +3,9 @@
 //
 // Work goes through the output rows of a band in groups that lie between the same two source rows.
 // For one group and one vector of columns the source rows are interpolated along x once (`open`),
-// and each output row is then a blend of the two (`read`). Gradients go the same way back: blended
-// into two sums per column (`add`, `close`), which are brought to the source columns once per
-// source row (`advance`, `finish`). No row of the full-resolution gradient is ever stored.
+// and each output row is then a blend of the two (`read`). Gradients go the same way back: two sums
+// per column (`add`), which are brought to the source columns once per source row (`advance`,
+// `finish_band`). No row of the full-resolution gradient is ever stored.
 #pragma once
 
 #include "ops/cpu/rows.h"
@@ -75,17 +75,17 @@ public:
     if constexpr (!Identity) high_base_ = load_row(group.high, group.low);
   }
 
+  // Prepares the columns x .. of the group for `read`.
   inline __attribute__((always_inline)) void open(int64_t x) {
-    x_ = x;
-    if constexpr (!Identity) interpolate_columns();
+    if constexpr (!Identity) interpolate_columns(x);
   }
 
   // Logits of the pixels (y, x ..): zero where `mask` is not set, whatever is stored there.
-  inline __attribute__((always_inline)) void read(int64_t y, IntVec<T> mask, V* z) {
+  inline __attribute__((always_inline)) void read(int64_t y, int64_t x, IntVec<T> mask, V* z) {
     if constexpr (Identity) {
-      const int64_t left = plan_.width - x_;
+      const int64_t left = plan_.width - x;
       for (int k = 0; k < classes(); ++k) {
-        const T* from = base_ + k * class_stride_ + x_;
+        const T* from = base_ + k * class_stride_ + x;
         z[k] = keep(mask, left >= V::kLanes ? co2s::CO2S_ISA::load(from)
                                             : load_partial(from, left));
       }
@@ -97,8 +97,6 @@ public:
   }
 
   inline __attribute__((always_inline)) int classes() const { return K > 0 ? K : classes_; }
-
-  int64_t column() const { return x_; }
 
 private:
   const T* load_row(int64_t row, int64_t other) {
@@ -116,14 +114,14 @@ private:
     return rows_.get() + slot * classes_ * row_size_;
   }
 
-  inline __attribute__((always_inline)) void interpolate_columns() {
-    const int32_t* index = plan_.x_index0 + x_;
+  inline __attribute__((always_inline)) void interpolate_columns(int64_t x) {
+    const int32_t* index = plan_.x_index0 + x;
     const int64_t first = index[0];
     const bool near = index[V::kLanes - 1] - first < V::kLanes;
     const IntVec<T> offset =
         IntVec<T>::make(load_int<T>(index).v - static_cast<typename Lane<T>::Int>(first));
-    const V lower = co2s::CO2S_ISA::load(plan_.x_lower + x_);
-    const V upper = co2s::CO2S_ISA::load(plan_.x_upper + x_);
+    const V lower = co2s::CO2S_ISA::load(plan_.x_lower + x);
+    const V upper = co2s::CO2S_ISA::load(plan_.x_upper + x);
     V *low = low_.get(), *high = high_.get();
     const T* from = base_ + first;
     const T* from_high = high_base_ + first;
@@ -145,7 +143,7 @@ private:
   PlanView<T> plan_;
   int classes_;
   bool direct_;
-  int64_t row_size_, class_stride_ = 0, image_ = 0, x_ = 0;
+  int64_t row_size_, class_stride_ = 0, image_ = 0;
   Buffer<T> rows_; // two slots of [K][row_size]
   int64_t loaded_[2] = {-1, -1};
   const T *base_ = nullptr, *high_base_ = nullptr;
@@ -170,8 +168,7 @@ public:
         row_size_(padded_width(plan)),
         direct_(Identity && view.dtype == (sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64)),
         enabled_(view.gradient != nullptr),
-        rows_(enabled_ && !direct_ ? 2 * classes_ * row_size_ : 0),
-        low_(Identity ? 0 : classes_), high_(Identity ? 0 : classes_) {
+        rows_(enabled_ && !direct_ ? 2 * classes_ * row_size_ : 0) {
     low_row_ = rows_.get();
     high_row_ = low_row_ + classes_ * row_size_;
   }
@@ -201,39 +198,33 @@ public:
     group_ = group;
   }
 
-  inline __attribute__((always_inline)) void open(int64_t x) {
-    x_ = x;
-    if constexpr (!Identity) {
-      V *low = low_.get(), *high = high_.get();
-      for (int k = 0; k < classes(); ++k) low[k] = high[k] = V(T(0));
-    }
+  // Adds to the columns x .. of class k: the gradient's shares of the group's two source rows.
+  inline __attribute__((always_inline)) void add(int64_t x, int k, V to_low, V to_high) {
+    T* low = low_row_ + k * row_size_ + x;
+    T* high = (group_.high == group_.low ? low_row_ : high_row_) + k * row_size_ + x;
+    store(low, load(low) + to_low);
+    store(high, load(high) + to_high);
   }
 
-  inline __attribute__((always_inline)) void add(int64_t y, int k, V slope) {
-    if constexpr (Identity) {
-      store_at(k, slope);
-    } else {
-      low_.get()[k] = low_.get()[k] + V(plan_.y_lower[y]) * slope;
-      high_.get()[k] = high_.get()[k] + V(plan_.y_upper[y]) * slope;
-    }
-  }
-
-  // The pixels opened have no gradient.
-  inline __attribute__((always_inline)) void skip() {
-    if constexpr (Identity) {
-      for (int k = 0; k < classes(); ++k) store_at(k, V(T(0)));
-    }
-  }
-
-  inline __attribute__((always_inline)) void close() {
-    if constexpr (!Identity) {
-      T* low = low_row_ + x_;
-      T* high = (group_.high == group_.low ? low_row_ : high_row_) + x_;
-      for (int k = 0; k < classes(); ++k, low += row_size_, high += row_size_) {
-        store(low, load(low) + low_.get()[k]);
-        store(high, load(high) + high_.get()[k]);
+  // Equal grids: sets the pixels x .. of the group's row.
+  inline __attribute__((always_inline)) void put(int64_t x, int k, V slope) {
+    if (direct_) {
+      T* to = static_cast<T*>(view_.gradient) +
+              ((image_ * classes() + k) * plan_.height + group_.low) * plan_.width + x;
+      const int64_t left = plan_.width - x;
+      if (left >= V::kLanes) {
+        store(to, slope);
+      } else {
+        store_partial(to, slope, left);
       }
+    } else {
+      store(low_row_ + k * row_size_ + x, slope);
     }
+  }
+
+  // Equal grids: the pixels x .. have no gradient.
+  inline __attribute__((always_inline)) void put_zeros(int64_t x) {
+    for (int k = 0; k < classes(); ++k) put(x, k, V(T(0)));
   }
 
   // The row is done (equal grids only): rounds it to the gradient's dtype.
@@ -260,21 +251,6 @@ public:
   inline __attribute__((always_inline)) int classes() const { return K > 0 ? K : classes_; }
 
 private:
-  inline __attribute__((always_inline)) void store_at(int k, V slope) {
-    if (direct_) {
-      T* to = static_cast<T*>(view_.gradient) +
-              ((image_ * classes() + k) * plan_.height + group_.low) * plan_.width + x_;
-      const int64_t left = plan_.width - x_;
-      if (left >= V::kLanes) {
-        store(to, slope);
-      } else {
-        store_partial(to, slope, left);
-      }
-    } else {
-      store(low_row_ + k * row_size_ + x_, slope);
-    }
-  }
-
   // The transpose of the interpolation along x, into one source row; leaves zeros behind.
   void flush(T* rows, int64_t row, bool to_border) {
     const int64_t w = plan_.in_width, footprint = plan_.footprint;
@@ -313,12 +289,11 @@ private:
   GradientView view_;
   PlanView<T> plan_;
   int classes_;
-  int64_t row_size_, image_ = 0, band_ = 0, x_ = 0;
+  int64_t row_size_, image_ = 0, band_ = 0;
   bool direct_, enabled_;
   Buffer<T> rows_; // two of [K][row_size]
   T *low_row_, *high_row_;
   RowGroup group_ = {0, 0, -1, -1};
-  ClassVector<V, Identity ? 1 : K> low_, high_;
 };
 
 } // namespace

@@ -1,7 +1,7 @@
 // Chooses the compiled variant of a kernel body by class count and geometry.
 #pragma once
 
-#include "ops/cpu/grid.h"
+#include "ops/cpu/chunk.h"
 
 namespace co2s::CO2S_ISA {
 namespace {

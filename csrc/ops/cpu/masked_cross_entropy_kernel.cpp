@@ -50,8 +50,9 @@ private:
   }
 
   void run_group(const RowGroup& group) {
+    group_begin_ = group.begin;
     int64_t taken = 0;
-    for (int64_t y = group.begin; y < group.end; ++y) taken += prepare_row(group, y);
+    for (int64_t y = group.begin; y < group.end; ++y) taken += prepare_row(y);
     if (sink_.enabled()) sink_.advance(group);
     if (taken > 0) source_.load(group);
     V loss(T(0));
@@ -64,8 +65,8 @@ private:
     partial_.loss += sum_lanes(loss);
   }
 
-  int64_t prepare_row(const RowGroup& group, int64_t y) {
-    const int64_t offset = (y - group.begin) * row_size_;
+  int64_t prepare_row(int64_t y) {
+    const int64_t offset = row_offset(y);
     int32_t* labels = labels_.get() + offset;
     const PixelCounts counts = read_label_row(maps_, image_, y, labels, &partial_.bad);
     partial_.valid += counts.valid;
@@ -88,66 +89,100 @@ private:
     }
   }
 
-  // All columns of the group, V at a time; the sum of the losses per lane.
+  // All columns of the group; the sum of the losses per lane.
   template <bool Gradient> V run_columns(const RowGroup& group) {
-    V loss(T(0));
-    const int64_t rows = group.end - group.begin;
+    loss_ = V(T(0));
+    Spot spots[kChunk];
+    int count = 0;
     for (int64_t x = 0; x < args_.plan.width; x += V::kLanes) {
-      const int32_t* labels = labels_.get() + x;
-      if (!any_taken(labels, rows)) {
-        if constexpr (Gradient && Identity) {
-          sink_.open(x);
-          sink_.skip();
+      bool opened = false;
+      for (int64_t y = group.begin; y < group.end; ++y) {
+        if (!any(load_int<T>(labels_.get() + row_offset(y) + x) >= IntVec<T>(0))) continue;
+        if (!opened) source_.open(x);
+        opened = true;
+        spots[count++] = {y, x};
+        if (count == kChunk) run_chunk<Gradient>(spots, kChunk);
+        count %= kChunk;
+      }
+      if constexpr (Identity) { // a chunk lies along the row
+        if (Gradient && !opened) sink_.put_zeros(x);
+      } else { // a chunk lies across the rows: all of it at the same x
+        if (count > 0) run_chunk<Gradient>(spots, count);
+        count = 0;
+      }
+    }
+    if (count > 0) run_chunk<Gradient>(spots, count);
+    return loss_;
+  }
+
+  int64_t row_offset(int64_t y) const {
+    return Identity ? 0 : (y - group_begin_) * row_size_;
+  }
+
+  template <bool Gradient> __attribute__((noinline)) void run_chunk(const Spot* spots, int count) {
+    IntVec<T> label[kChunk];
+    V shifted[kChunk];
+    for (int i = 0; i < count; ++i) {
+      label[i] = load_int<T>(labels_.get() + row_offset(spots[i].y) + spots[i].x);
+      source_.read(spots[i].y, spots[i].x, label[i] >= IntVec<T>(0), z_.of(i));
+      shifted[i] = V(T(0));
+    }
+    z_.subtract_max(count);
+    for (int k = 0; k < z_.classes(); ++k) {
+      const IntVec<T> this_class(k);
+      for (int i = 0; i < count; ++i) {
+        shifted[i] = select(label[i] == this_class, z_.of(i)[k], shifted[i]);
+      }
+    }
+    z_.exponentiate(count);
+    V sum[kChunk];
+    for (int i = 0; i < count; ++i) {
+      sum[i] = z_.sum(i);
+      const V loss = cross_entropy(sum[i], shifted[i], weight_of(loss_weights_, spots[i], label[i],
+                                                                 args_.class_weight, T(1)));
+      if (args_.loss_map) store_loss(spots[i], loss);
+      loss_ = loss_ + loss;
+    }
+    if constexpr (Gradient) add_slopes(spots, count, label, sum);
+  }
+
+  inline __attribute__((always_inline)) V weight_of(Buffer<T>& weights, Spot spot, IntVec<T> label,
+                                                    bool weighted, T otherwise) {
+    return keep(label >= IntVec<T>(0), weighted ? load(weights.get() + row_offset(spot.y) + spot.x)
+                                                : V(otherwise));
+  }
+
+  inline __attribute__((always_inline)) void add_slopes(const Spot* spots, int count,
+                                                        const IntVec<T>* label, const V* sum) {
+    V weight[kChunk], scaled[kChunk], lower[kChunk], upper[kChunk];
+    for (int i = 0; i < count; ++i) {
+      weight[i] = weight_of(slope_weights_, spots[i], label[i], weighted_, args_.scale);
+      scaled[i] = weight[i] / sum[i];
+      if constexpr (!Identity) {
+        lower[i] = V(args_.plan.y_lower[spots[i].y]);
+        upper[i] = V(args_.plan.y_upper[spots[i].y]);
+      }
+    }
+    for (int k = 0; k < z_.classes(); ++k) {
+      const IntVec<T> this_class(k);
+      V to_low(T(0)), to_high(T(0));
+      for (int i = 0; i < count; ++i) {
+        const V slope =
+            cross_entropy_slope(z_.of(i)[k], scaled[i], label[i] == this_class, weight[i]);
+        if constexpr (Identity) {
+          sink_.put(spots[i].x, k, slope);
+        } else {
+          to_low = to_low + lower[i] * slope;
+          to_high = to_high + upper[i] * slope;
         }
-        continue;
       }
-      source_.open(x);
-      if constexpr (Gradient) sink_.open(x);
-      for (int64_t r = 0; r < rows; ++r) {
-        const IntVec<T> label = load_int<T>(labels + r * row_size_);
-        const IntVec<T> taken = label >= IntVec<T>(0);
-        if (!Identity && !any(taken)) continue;
-        loss = loss + run_pixels<Gradient>(group.begin + r, r * row_size_ + x, label, taken);
-      }
-      if constexpr (Gradient) sink_.close();
+      if constexpr (!Identity) sink_.add(spots[0].x, k, to_low, to_high);
     }
-    return loss;
   }
 
-  inline __attribute__((always_inline)) bool any_taken(const int32_t* labels, int64_t rows) {
-    IntVec<T> all = load_int<T>(labels);
-    for (int64_t r = 1; r < rows; ++r) all = all & load_int<T>(labels + r * row_size_);
-    return any(!(IntVec<T>(0) > all)); // the sign survives only where every row has it
-  }
-
-  template <bool Gradient>
-  inline __attribute__((always_inline)) V run_pixels(int64_t y, int64_t offset, IntVec<T> label,
-                                                     IntVec<T> taken) {
-    V* z = z_.get();
-    source_.read(y, taken, z);
-    V logit_of_label(T(0));
-    for (int k = 0; k < source_.classes(); ++k) {
-      logit_of_label = select(label == IntVec<T>(k), z[k], logit_of_label);
-    }
-    const SoftmaxState<V> state = exponentials(z, source_.classes());
-    const V weight =
-        keep(taken, args_.class_weight ? load(loss_weights_.get() + offset) : V(T(1)));
-    const V loss = cross_entropy(state, logit_of_label, weight);
-    if (args_.loss_map) store_loss(y, loss);
-    if constexpr (Gradient) {
-      const V slope_weight =
-          keep(taken, weighted_ ? load(slope_weights_.get() + offset) : V(args_.scale));
-      const V scaled = slope_weight / state.sum;
-      for (int k = 0; k < source_.classes(); ++k) {
-        sink_.add(y, k, cross_entropy_slope(z[k], scaled, label == IntVec<T>(k), slope_weight));
-      }
-    }
-    return loss;
-  }
-
-  void store_loss(int64_t y, V loss) {
-    const int64_t x = source_.column(), left = args_.plan.width - x;
-    T* to = args_.loss_map + (image_ * args_.plan.height + y) * args_.plan.width + x;
+  void store_loss(Spot spot, V loss) {
+    const int64_t left = args_.plan.width - spot.x;
+    T* to = args_.loss_map + (image_ * args_.plan.height + spot.y) * args_.plan.width + spot.x;
     if (left >= V::kLanes) {
       store(to, loss);
     } else {
@@ -157,13 +192,14 @@ private:
 
   const Args& args_;
   PixelMaps maps_;
-  int64_t row_size_, image_ = 0;
+  int64_t row_size_, image_ = 0, group_begin_ = 0;
   bool weighted_;
   LogitsSource<T, K, Identity> source_;
   GradientSink<T, K, Identity> sink_;
   Buffer<int32_t> labels_;        // [kMaxGroupRows][row_size]
   Buffer<T> loss_weights_, slope_weights_;
-  ClassVector<V, K> z_;
+  LogitsChunk<T, K> z_;
+  V loss_;
   CrossEntropyPartial partial_;
 };
 

@@ -72,6 +72,9 @@ CO2S_COMPARE(==) CO2S_COMPARE(<=) CO2S_COMPARE(>=) CO2S_COMPARE(>)
 template <class T> CO2S_INLINE IntVec<T> operator&(IntVec<T> a, IntVec<T> b) {
   return IntVec<T>::make(a.v & b.v);
 }
+template <class T> CO2S_INLINE IntVec<T> operator|(IntVec<T> a, IntVec<T> b) {
+  return IntVec<T>::make(a.v | b.v);
+}
 template <class T> CO2S_INLINE IntVec<T> operator!(IntVec<T> mask) {
   return IntVec<T>::make(~mask.v);
 }

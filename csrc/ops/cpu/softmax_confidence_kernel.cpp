@@ -27,29 +27,56 @@ private:
     for (int64_t y = args_.plan.band_begin[band]; y < end;) {
       const RowGroup group = next_group(args_.plan, y, end);
       source_.load(group);
-      for (int64_t x = 0; x < args_.plan.width; x += V::kLanes) {
-        source_.open(x);
-        for (y = group.begin; y < group.end; ++y) {
-          run_pixels(y, (image * args_.plan.height + y) * args_.plan.width + x);
-        }
-      }
+      run_columns(group, image);
       y = group.end;
     }
   }
 
-  inline __attribute__((always_inline)) void run_pixels(int64_t y, int64_t offset) {
-    V* z = z_.get();
-    source_.read(y, IntVec<T>(-1), z);
-    IntVec<T> label = argmax<V, IntVec<T>>(z, source_.classes());
-    const V sum = exponentials(z, source_.classes()).sum;
-    label = label & (sum == sum); // a NaN has no class: 0
-    write(offset, confidence_of(sum), label);
+  void run_columns(const RowGroup& group, int64_t image) {
+    Spot spots[kChunk];
+    int count = 0;
+    for (int64_t x = 0; x < args_.plan.width; x += V::kLanes) {
+      source_.open(x);
+      for (int64_t y = group.begin; y < group.end; ++y) {
+        spots[count++] = {y, x};
+        if (count == kChunk) run_chunk(image, spots, kChunk);
+        count %= kChunk;
+      }
+      if (!Identity && count > 0) { // what `open` prepared serves this x only
+        run_chunk(image, spots, count);
+        count = 0;
+      }
+    }
+    if (count > 0) run_chunk(image, spots, count);
   }
 
-  inline __attribute__((always_inline)) void write(int64_t offset, V confidence, IntVec<T> label) {
+  __attribute__((noinline)) void run_chunk(int64_t image, const Spot* spots, int count) {
+    IntVec<T> label[kChunk];
+    for (int i = 0; i < count; ++i) {
+      source_.read(spots[i].y, spots[i].x, IntVec<T>(-1), z_.of(i));
+      label[i] = IntVec<T>(0);
+    }
+    z_.subtract_max(count);
+    for (int k = z_.classes() - 1; k >= 0; --k) { // downwards: the lowest of equals remains
+      const IntVec<T> this_class(k);
+      for (int i = 0; i < count; ++i) {
+        label[i] = select(z_.of(i)[k] == V(T(0)), this_class, label[i]);
+      }
+    }
+    z_.exponentiate(count);
+    for (int i = 0; i < count; ++i) {
+      const V sum = z_.sum(i);
+      // A NaN has no class: 0.
+      write(image, spots[i], confidence_of(sum), label[i] & (sum == sum));
+    }
+  }
+
+  inline __attribute__((always_inline)) void write(int64_t image, Spot spot, V confidence,
+                                                   IntVec<T> label) {
     typedef int64_t Wide __attribute__((vector_size(8 * V::kLanes)));
     const Wide wide = __builtin_convertvector(label.v, Wide);
-    const int64_t left = args_.plan.width - source_.column();
+    const int64_t offset = (image * args_.plan.height + spot.y) * args_.plan.width + spot.x;
+    const int64_t left = args_.plan.width - spot.x;
     if (left >= V::kLanes) {
       store(args_.confidence + offset, confidence);
       std::memcpy(args_.label + offset, &wide, sizeof(wide));
@@ -61,7 +88,7 @@ private:
 
   const Args& args_;
   LogitsSource<T, K, Identity> source_;
-  ClassVector<V, K> z_;
+  LogitsChunk<T, K> z_;
 };
 
 } // namespace
