@@ -186,8 +186,8 @@ template <class M> struct Learners {
 // a learns where b is confident and no less sure than a, and the reverse; NaN teaches nobody.
 template <class V> CO2S_HD auto learners(V confidence_a, V confidence_b, V threshold) {
   using M = decltype(confidence_a >= confidence_b);
-  return Learners<M>{(confidence_b >= threshold) & (confidence_b >= confidence_a),
-                     (confidence_a >= threshold) & (confidence_a >= confidence_b)};
+  return Learners<M>{M((confidence_b >= threshold) & (confidence_b >= confidence_a)),
+                     M((confidence_a >= threshold) & (confidence_a >= confidence_b))};
 }
 
 // d/dz_k of Σ_j (p_j - q_j)², q constant: 2 p_k ((p_k - q_k) - Σ_j p_j (p_j - q_j)).
