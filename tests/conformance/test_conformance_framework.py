@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from op_cases import BY_NAME, draw
@@ -301,3 +306,18 @@ def test_result_does_not_depend_on_the_number_of_threads(cpp_target):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa, cpp_target):
+    """The processor's best set serves this process; the others in one of their own."""
+    cases = "cross_entropy or stability or prediction"
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"cpp and ({cases}) and not float64",
+         "-p", "no:cacheprovider", str(folder)],
+        env={**os.environ, "CO2S_CPU_ISA": isa}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    if f"CO2S_CPU_ISA={isa}: not supported by this CPU" in done.stdout:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stdout[-3000:]
