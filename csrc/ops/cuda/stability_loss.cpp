@@ -1,0 +1,146 @@
+// stability_loss and its gradients on CUDA tensors.
+#include <algorithm>
+
+#include "ops/cuda/arguments.h"
+
+namespace co2s::cuda {
+namespace {
+
+// The arguments forward and backward share, in the schema's order.
+struct Inputs {
+  const at::Tensor& logits_a; // [B,K,h,w]
+  const at::Tensor& logits_b; // [B,K,h,w]
+  double threshold;
+  int64_t height, width;
+  const OptionalTensor& ignore_mask; // [B,H,W]
+  int64_t ignore_index;
+  bool align_corners;
+};
+
+template <class T> StabilityProblem<T> prepare(const Inputs& in) {
+  StabilityProblem<T> problem{};
+  problem.logits[0] = logits_on_device(in.logits_a, "logits_a");
+  problem.logits[1] = logits_on_device(in.logits_b, "logits_b");
+  TORCH_CHECK_VALUE(in.logits_a.sizes() == in.logits_b.sizes() &&
+                        in.logits_a.device() == in.logits_b.device(),
+                    "logits_b: expected shape ", in.logits_a.sizes(), " on ",
+                    in.logits_a.device(), ", as logits_a, found ", in.logits_b.sizes(), " on ",
+                    in.logits_b.device());
+  TORCH_CHECK_TYPE(in.logits_a.scalar_type() == in.logits_b.scalar_type(),
+                   "logits_b: expected the dtype of logits_a, ", in.logits_a.scalar_type(),
+                   ", found ", in.logits_b.scalar_type());
+  check_threshold(in.threshold);
+  check_size(in.height, in.width);
+  check_extent(problem.logits[0], in.height, in.width);
+  const int64_t batch = problem.logits[0].batch, shape[] = {batch, in.height, in.width};
+  if (in.ignore_mask) {
+    problem.maps.ignore_mask =
+        integers_on_device(*in.ignore_mask, shape, in.logits_a, "ignore_mask");
+  }
+  problem.maps.ignore_index = in.ignore_index;
+  problem.maps.width = static_cast<int32_t>(in.width);
+  problem.maps.aligned = aligned_pixels(problem.maps, in.height);
+  problem.threshold = static_cast<T>(in.threshold);
+  problem.grid = make_grid<T>(problem.logits[0].height, problem.logits[0].width, in.height,
+                              in.width, in.align_corners);
+  const Choice choice =
+      choose(problem.logits, 2, problem.grid.equal, batch, in.height, in.width);
+  problem.registers = choice.registers;
+  problem.blocks = choice.blocks;
+  problem.images = batch;
+  return problem;
+}
+
+template <class T>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in) {
+  const OnDeviceOf device(in.logits_a);
+  StabilityProblem<T> problem = prepare<T>(in);
+  const auto wide = in.logits_a.options().dtype(wide_dtype(in.logits_a));
+  const auto whole = in.logits_a.options().dtype(at::kLong);
+  if (problem.logits[0].batch == 0) {
+    return {at::zeros({2}, wide), at::zeros({2}, whole), at::empty({0}, wide),
+            at::empty({0}, wide)};
+  }
+  at::Tensor sums = at::empty({2}, wide), counts = at::empty({2}, whole);
+  const at::Tensor partial = new_partials(problem.blocks, in.logits_a);
+  problem.partial = partials(partial);
+  launch_stability(problem, device.stream());
+  launch_sum_partials<T>(problem.partial, problem.blocks.all, 2, sums.mutable_data_ptr<T>(),
+                         counts.mutable_data_ptr<int64_t>(), device.stream());
+  return {sums, counts, at::empty({0}, wide), at::empty({0}, wide)};
+}
+
+// Through up(), many classes: groups of images, so that the scratch stays small.
+template <class T>
+void backward_in_groups(StabilityProblem<T>& problem, const Inputs& in, Stream stream) {
+  const int64_t batch = problem.logits[0].batch, items = kStabilityStatisticsItems;
+  const int64_t group = images_at_once(batch, in.height, in.width, items * sizeof(T));
+  const at::Tensor scratch =
+      at::empty({group, in.height, in.width, items},
+                in.logits_a.options().dtype(wide_dtype(in.logits_a)));
+  problem.statistics = static_cast<StabilityStatistics<T>*>(scratch.data_ptr());
+  for (int64_t first = 0; first < batch; first += group) {
+    problem.first_image = first;
+    problem.images = std::min(group, batch - first);
+    problem.blocks = column_blocks(problem.images, in.height, in.width);
+    launch_stability_backward(problem, stream);
+  }
+}
+
+template <class T>
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_sums, const Inputs& in,
+                                            bool need_a, bool need_b) {
+  const OnDeviceOf device(in.logits_a);
+  StabilityProblem<T> problem = prepare<T>(in);
+  const bool need[] = {need_a, need_b};
+  at::Tensor gradient[2];
+  for (int i = 0; i < 2; ++i) {
+    gradient[i] = need[i] ? at::empty(in.logits_a.sizes(), in.logits_a.options(),
+                                      at::MemoryFormat::Contiguous)
+                          : at::empty({0}, in.logits_a.options());
+    problem.gradient[i] = need[i] ? gradient[i].data_ptr() : nullptr;
+  }
+  if (problem.logits[0].batch == 0 || !(need_a || need_b)) return {gradient[0], gradient[1]};
+  TORCH_CHECK_VALUE(grad_sums.dim() == 1 && grad_sums.size(0) == 2 &&
+                        grad_sums.device() == in.logits_a.device(),
+                    "grad_sums: expected shape [2] on ", in.logits_a.device(), ", found ",
+                    grad_sums.sizes(), " on ", grad_sums.device());
+  const at::Tensor upstream = grad_sums.to(wide_dtype(in.logits_a)).contiguous();
+  problem.upstream = upstream.const_data_ptr<T>();
+  const bool in_passes = problem.registers == 0 || problem.registers > kMostTransposedPair;
+  if (!problem.grid.equal && in_passes) {
+    backward_in_groups(problem, in, device.stream());
+  } else {
+    launch_stability_backward(problem, device.stream());
+  }
+  return {gradient[0], gradient[1]};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stability_loss(
+    const at::Tensor& logits_a, const at::Tensor& logits_b, double threshold, int64_t height,
+    int64_t width, const OptionalTensor& ignore_mask, int64_t ignore_index, bool align_corners,
+    bool /*with_grad_a*/, bool /*with_grad_b*/) {
+  const Inputs in{logits_a,    logits_b,     threshold,    height, width,
+                  ignore_mask, ignore_index, align_corners};
+  return logits_a.scalar_type() == at::kDouble ? forward<double>(in) : forward<float>(in);
+}
+
+std::tuple<at::Tensor, at::Tensor> stability_loss_backward(
+    const at::Tensor& grad_sums, const at::Tensor& logits_a, const at::Tensor& logits_b,
+    double threshold, int64_t height, int64_t width, const OptionalTensor& ignore_mask,
+    int64_t ignore_index, bool align_corners, bool need_a, bool need_b,
+    const at::Tensor& /*saved_a*/, const at::Tensor& /*saved_b*/) {
+  const Inputs in{logits_a,    logits_b,     threshold,    height, width,
+                  ignore_mask, ignore_index, align_corners};
+  return logits_a.scalar_type() == at::kDouble ? backward<double>(grad_sums, in, need_a, need_b)
+                                               : backward<float>(grad_sums, in, need_a, need_b);
+}
+
+} // namespace
+
+CO2S_CUDA_IMPL(m) {
+  m.impl("stability_loss", &stability_loss);
+  m.impl("stability_loss_backward", &stability_loss_backward);
+}
+
+} // namespace co2s::cuda
