@@ -161,7 +161,9 @@ def _terms(
             )
         check_device("cutmix", cutmix.boxes, logits.device)
         boxes, partner = cutmix.boxes, cutmix.partner
-    with_grad = logits.requires_grad and torch.is_grad_enabled()
+    # On equal grids a saved gradient is as large as the logits: computing it again moves fewer bytes.
+    small = logits.shape[2:] != target.shape[1:]
+    with_grad = logits.requires_grad and torch.is_grad_enabled() and small
     loss, counts, _saved = torch.ops.co2s.masked_cross_entropy(
         logits, target, confidence, float(threshold), ignore_mask, ignore_index, class_weight,
         boxes, partner, per_pixel, align_corners, with_grad,
