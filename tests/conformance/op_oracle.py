@@ -29,7 +29,7 @@ def rounding_of_logits(case: Case, x: Inputs) -> float:
     if case.grid == case.size or not x.a.numel():
         return 0.0
     eps = torch.finfo(torch.float64 if x.a.dtype == torch.float64 else torch.float32).eps
-    return eps * float(x.a.nan_to_num(0).abs().max())
+    return eps * float(x.a.detach().nan_to_num(0).abs().max())
 
 
 def assert_as_good_as_eager(
@@ -69,7 +69,7 @@ def upstream(case: Case) -> Tensor:
 
 def cross_entropy_truth(case: Case, x: Inputs, per_pixel: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (sum or map), counts and the gradient of 1.7 · sum or of the map · upstream."""
-    z = x.a.double().requires_grad_()
+    z = x.a.detach().double().requires_grad_()
     boxes, partner = (x.cutmix.boxes, x.cutmix.partner) if x.cutmix else (None, None)
     weight = None if x.class_weight is None else x.class_weight.double()
     loss, counts = reference.masked_cross_entropy(
