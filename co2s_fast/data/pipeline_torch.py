@@ -6,6 +6,7 @@ ranks together see what one process sees.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
@@ -175,10 +176,23 @@ class TorchLoader:
         return len(self._loader.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            if isinstance(batch, _Failure):
-                raise DataError(batch.message)
-            yield batch
+        # At exit Python ends workers by SIGTERM and waits for them; a trainer may have made them
+        # deaf to it. So they are told to leave before that, however the program ends.
+        atexit.register(self.close)
+        try:
+            for batch in self._loader:
+                if isinstance(batch, _Failure):
+                    raise DataError(batch.message)
+                yield batch
+        finally:
+            self.close()
+            atexit.unregister(self.close)
+
+    def close(self) -> None:
+        """End the worker processes. Iterating again starts new ones."""
+        workers, self._loader._iterator = self._loader._iterator, None
+        if workers is not None:
+            workers._shutdown_workers()
 
 
 def _one_thread(worker: int) -> None:
