@@ -101,6 +101,13 @@ class RunConfig(_Strict):
             return {name: config for name, config in students.items() if config is not None}
         return students
 
+    @model_validator(mode="after")
+    def _windows_are_crops(self) -> RunConfig:
+        """A run that trains on another crop than the dataset's is evaluated on windows of it."""
+        if self.eval.crop is None and self.data.crop is not None:
+            self.eval = self.eval.model_copy(update={"crop": self.data.crop})
+        return self
+
     @property
     def folder(self) -> Path:
         """The run folder: `out`, or a name made of dataset, split, method and seed."""
