@@ -63,16 +63,20 @@ def main() -> None:
 @click.option("--dry-run", is_flag=True, help="Check configuration and data, train nothing.")
 @one_line_errors
 def train(**options: Any) -> None:
-    """Train both students and write a run folder.
+    """Train both students and write a run folder, with an evaluation and a report at the end.
 
     \b
     co2s-fast train --dataset demo --out runs/demo
     co2s-fast train --dataset potsdam --ratio 1/32 --data-root data/potsdam
     torchrun --nproc-per-node=2 -m co2s_fast train --dataset potsdam --ratio 1/32
     """
-    from co2s_fast.engine.launch import train_from_options
+    from co2s_fast.engine.launch import evaluate_run, train_from_options
+    from co2s_fast.report import write_report
 
-    train_from_options(**options)
+    run = train_from_options(**options)
+    if run is not None:
+        click.echo(evaluate_run(run))
+        click.echo(write_report(run))
 
 
 @main.command("eval")
@@ -100,7 +104,10 @@ def evaluate(run: Path, **options: Any) -> None:
 @click.option("--student", type=click.Choice(["clip", "ssm", "both"]), default="both",
               show_default=True)
 @click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True)
+@click.option("--scale", type=float, help="Factor on an image's size before it goes through the "
+              "students. Default: what the dataset's tiles were cut at.")
 @click.option("--overlay", is_flag=True, help="Also write the map blended over the image.")
+@click.option("--confidence", is_flag=True, help="Also write the largest probability, times 255.")
 @one_line_errors
 def predict(run: Path, images: tuple[str, ...], **options: Any) -> None:
     """Write a class map for every image: PNG for PNG and JPEG, GeoTIFF for GeoTIFF."""

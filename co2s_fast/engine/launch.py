@@ -1,7 +1,8 @@
-"""What the commands `train`, `eval` and `predict` do: options in, engine calls, a text or paths out."""
+"""What the commands `train`, `eval` and `predict` do: options in, engine calls, text out."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 
 from co2s_fast.data import open_split, val_dataset
-from co2s_fast.engine.config import CONFIG_FILE, RunConfig, load_config
+from co2s_fast.engine.config import CONFIG_FILE, load_config
 from co2s_fast.engine.evaluation import BOTH, evaluate, wanted_predictions, write_evaluation
+from co2s_fast.engine.log import say
 from co2s_fast.engine.metrics import format_table
 from co2s_fast.engine.runs import checkpoint_step, load_run
 from co2s_fast.errors import UsageError
@@ -27,8 +29,12 @@ def train_from_options(
     recipe: str | None,
     overrides: Sequence[str],
     **options: Any,
-) -> RunConfig:
-    """`co2s-fast train`: put the configuration together, train it, write evaluation and report.
+) -> Path | None:
+    """`co2s-fast train`: put the configuration together and train it.
+
+    Returns:
+        The run folder where there is something to show: not after a dry run, and only in the first
+        of several processes.
 
     Raises:
         UsageError, DataError: see `load_config` and `Trainer`.
@@ -40,8 +46,9 @@ def train_from_options(
         raise UsageError(f"--resume: {config.folder} holds no run (no {CONFIG_FILE})")
     if resume_if_exists:
         resume = (config.folder / CONFIG_FILE).is_file()
-    train(config, resume=resume, dry_run=dry_run)
-    return config
+    folder = train(config, resume=resume, dry_run=dry_run)
+    first = int(os.environ.get("RANK", "0")) == 0  # set by torchrun
+    return folder if first and not dry_run else None
 
 
 def nested_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +92,8 @@ def evaluate_run(
     config, spec, students = load_run(run, checkpoint, device=device)
     wanted_predictions(students, student)  # a wrong name is told before any data is read
     data = config.data if data_root is None else config.data.model_copy(update={"root": data_root})
-    settings = config.eval.model_copy(update={"student": student} | ({"mode": mode} if mode else {}))
+    changes = {"student": student, "mode": mode or config.eval.mode}
+    settings = config.eval.model_copy(update=changes)
     split = open_split(data, spec)
     panels = run / PANELS_FOLDER if student == "all" else None
     items = val_dataset(split.val, spec, data)
@@ -108,9 +116,14 @@ def predict_run(
     validation: int | None = None,
     student: str = BOTH,
     checkpoint: str = "best",
+    scale: float | None = None,
     overlay: bool = False,
+    confidence: bool = False,
 ) -> list[Path]:
     """`co2s-fast predict`: write a class map for every image.
+
+    Images are brought to the scale of the dataset's tiles first (`tile.scale` of its description),
+    unless `scale` says otherwise; validation images are tiles already.
 
     Raises:
         UsageError: neither images nor `validation` are given, or both.
@@ -124,7 +137,12 @@ def predict_run(
     if validation is not None:
         split = open_split(config.data, spec)
         images = [str(item.image) for item in split.val[:validation]]
+    elif scale is None and spec.tile.scale != 1:
+        scale = spec.tile.scale
+        say(f"images go through at {scale} of their size, as the tiles of {spec.name} were cut; "
+            "--scale 1 takes them as they are")  # fmt: skip
     return predict(
         students, images, out, spec, config=config.eval, data=config.data, device=device,
-        student=student, overlay=overlay,
+        student=student, scale=1.0 if scale is None else scale, overlay=overlay,
+        confidence=confidence,
     )  # fmt: skip

@@ -53,6 +53,7 @@ def predict(
     overlay: bool = False,
     confidence: bool = False,
     blend: Blend = "hann",
+    scale: float = 1.0,
     overwrite: bool = True,
     progress: bool = True,
 ) -> list[Path]:
@@ -77,6 +78,8 @@ def predict(
         overlay: also write `a.overlay.png`, the map's colours over the image.
         confidence: also write `a.confidence.png`, the largest probability times 255.
         blend: weight of a pixel inside its window.
+        scale: factor on a picture's size before it goes through, as the dataset's tiles had on
+            theirs; its map keeps the picture's own size.
         overwrite: False passes over images whose maps are there already.
         progress: draw a bar, in megapixels.
 
@@ -85,8 +88,8 @@ def predict(
 
     Raises:
         DataError: an image is missing, damaged or of another kind than 8-bit colour or grey.
-        UsageError: two images would give the same map, a map would replace its image, or the
-            folder cannot be written to.
+        UsageError: two images would give the same map, a map would replace its image, the folder
+            cannot be written to, or a GeoTIFF is to be scaled.
     """
     config = config or EvalConfig()
     device = torch.device(device)
@@ -95,6 +98,10 @@ def predict(
     running = dict(students) if wanted == "both" else {wanted: students[wanted]}
     sources = find_images(images)
     targets = _targets(sources, Path(out_dir))
+    if scale != 1 and any(map(is_raster, sources)):
+        raise UsageError(
+            f"scale {scale}: GeoTIFFs go through at their own resolution; resample them and give 1"
+        )
     _check_writable(Path(out_dir))
     left = [
         pair for pair in zip(sources, targets, strict=True) if overwrite or not pair[1].exists()
@@ -121,8 +128,9 @@ def predict(
                     )
                     if asked
                 }
-                scale = (data and data.scale) or getattr(spec, "scale", "native")
-                size = val_size(scene.height, scene.width, scale)
+                rule = (data and data.scale) or getattr(spec, "scale", "native")
+                height, width = (max(round(scale * n), 1) for n in (scene.height, scene.width))
+                size = val_size(height, width, rule)
                 if is_raster(source) or size == (scene.height, scene.width):
                     maps = scene_maps(running, scene, config, spec, device, blend)
                 else:
