@@ -17,6 +17,8 @@ from co2s_fast.errors import DataError, UsageError
 from co2s_fast.version import __version__
 
 PATH = click.Path(path_type=Path)
+checkpoint_option = click.option("--checkpoint", type=click.Choice(["best", "last"]),
+                                 default="best", show_default=True)  # fmt: skip
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -36,9 +38,9 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="co2s-fast")
 def main() -> None:
-    """Train, evaluate and apply two-student semi-supervised segmentation of remote-sensing imagery.
+    r"""Train, evaluate and apply two-student semi-supervised segmentation of imagery.
 
-    \b
+    
     co2s-fast train --dataset demo                      a first run, on the CPU, no download
     co2s-fast train --dataset potsdam --ratio 1/32      a paper experiment
     co2s-fast train --dataset mine.yaml --labels 20     your own folder of imagery
@@ -63,7 +65,7 @@ def main() -> None:
 @click.option("--dry-run", is_flag=True, help="Check configuration and data, train nothing.")
 @one_line_errors
 def train(**options: Any) -> None:
-    """Train both students and write a run folder, with an evaluation and a report at the end.
+    r"""Train both students and write a run folder, with an evaluation and a report at the end.
 
     \b
     co2s-fast train --dataset demo --out runs/demo
@@ -83,7 +85,7 @@ def train(**options: Any) -> None:
 @click.argument("run", type=PATH)
 @click.option("--student", type=click.Choice(["clip", "ssm", "both", "all"]), default="all",
               show_default=True, help="Which prediction to score; both: mean of probabilities.")
-@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True)
+@checkpoint_option
 @click.option("--mode", type=click.Choice(["auto", "whole", "sliding"]),
               help="Whole images or sliding windows. Default: the run's own setting.")
 @click.option("--data-root", type=PATH, help="Where the dataset stands now, if it has moved.")
@@ -103,7 +105,7 @@ def evaluate(run: Path, **options: Any) -> None:
               help="Predict the first N validation images of the run instead.")
 @click.option("--student", type=click.Choice(["clip", "ssm", "both"]), default="both",
               show_default=True)
-@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True)
+@checkpoint_option
 @click.option("--scale", type=float, help="Factor on an image's size before it goes through the "
               "students. Default: what the dataset's tiles were cut at.")
 @click.option("--overlay", is_flag=True, help="Also write the map blended over the image.")

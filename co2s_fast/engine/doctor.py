@@ -1,4 +1,4 @@
-"""What `co2s-fast doctor` prints: versions, GPUs, and for each backend whether it is live and why."""
+"""What `co2s-fast doctor` prints: versions, GPUs, and which backends are live and why not."""
 
 from __future__ import annotations
 
@@ -30,16 +30,15 @@ def diagnose() -> str:
         ("native module", native_lines()),
         ("backends of the fused losses", backend_lines()),
     ]
-    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines)
-                       for title, lines in sections)  # fmt: skip
+    texts = [f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections]
+    return "\n\n".join(texts)
 
 
 def machine_lines() -> list[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    version = _version("co2s-fast")
     return [
-        f"co2s-fast {importlib.metadata.version('co2s-fast')}"
-        if _version("co2s-fast")
-        else "co2s-fast is not installed; run: pip install --no-build-isolation -e .",
+        f"co2s-fast {version}" if version else "co2s-fast is not installed: pip install .",
         f"Python {platform.python_version()} on {platform.platform()}, {cores} cores",
     ]
 
@@ -62,8 +61,10 @@ def package_lines() -> list[str]:
 def gpu_lines() -> list[str]:
     import torch
 
-    built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else (
-        "torch is a CPU-only build; install a CUDA build from pytorch.org to use a GPU")  # fmt: skip
+    if torch.version.cuda:
+        built = f"torch is built for CUDA {torch.version.cuda}"
+    else:
+        built = "torch is a CPU-only build; install a CUDA build from pytorch.org to use a GPU"
     if not torch.cuda.is_available():
         driver = "nvidia-smi found" if shutil.which("nvidia-smi") else "no nvidia-smi on PATH"
         return [built, f"torch sees no GPU ({driver}): training runs on the CPU"]
@@ -82,6 +83,8 @@ def native_lines() -> list[str]:
         from co2s_fast.ops import load_native
 
         module = load_native()
+        if module is not None and not hasattr(module, "build_info"):
+            return ["older than this package; pip install --no-build-isolation --no-deps -e ."]
         if module is not None:
             return [f"{key}: {value}" for key, value in module.build_info().items()]
     record = Path(__file__).resolve().parents[1] / "_native_build.json"

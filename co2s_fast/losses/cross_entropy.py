@@ -161,7 +161,7 @@ def _terms(
             )
         check_device("cutmix", cutmix.boxes, logits.device)
         boxes, partner = cutmix.boxes, cutmix.partner
-    # On equal grids a saved gradient is as large as the logits: computing it again moves fewer bytes.
+    # On equal grids a saved gradient is as large as the logits: recomputing it moves fewer bytes.
     small = logits.shape[2:] != target.shape[1:]
     with_grad = logits.requires_grad and torch.is_grad_enabled() and small
     loss, counts, _saved = torch.ops.co2s.masked_cross_entropy(

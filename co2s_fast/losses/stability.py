@@ -130,7 +130,7 @@ def _terms(
         check_map("ignore_mask", ignore_mask, logits_a, size, "integer")
         size = ignore_mask.shape[1:]
     height, width = logits_a.shape[2:] if size is None else size
-    # On equal grids a saved gradient is as large as the logits: computing it again moves fewer bytes.
+    # On equal grids a saved gradient is as large as the logits: recomputing it moves fewer bytes.
     recording = torch.is_grad_enabled() and logits_a.shape[2:] != (height, width)
     sums, counts, _saved_a, _saved_b = torch.ops.co2s.stability_loss(
         logits_a, logits_b, float(threshold), height, width, ignore_mask, ignore_index,

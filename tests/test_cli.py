@@ -1,0 +1,183 @@
+"""The command line as a person meets it: help, one-line errors, exit codes, whole runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from co2s_fast.cli import main
+
+CLASSES = [{"name": "grass", "color": [0, 200, 0]}, {"name": "sand", "color": [220, 200, 100]}]
+SHORT = ("--recipe", "tiny", "--set", "train.steps=2", "--set", "data.batch_size=2",
+         "--set", "data.workers=0", "--set", "train.tensorboard=false",
+         "--set", "eval.panels=2")  # fmt: skip
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def failed(result: Result, code: int, *words: str) -> None:
+    """The command ended with `code` and one line that has all the words."""
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    error = [line for line in result.output.splitlines() if line.startswith("error:")]
+    assert len(error) == 1, result.output
+    for word in words:
+        assert word in error[0]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """A prepared dataset of ten tiles of two classes, half and half."""
+    root = tmp_path / "mine"
+    rng = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for number in range(10):
+        label = np.zeros((64, 64), np.uint8)
+        label[:, rng.integers(16, 48) :] = 1
+        colors = np.array([[60, 140, 50], [200, 180, 120]])[label]
+        image = np.clip(colors + rng.normal(0, 12, (64, 64, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(root / "images" / f"t{number}.png")
+        mask = Image.fromarray(label)
+        mask.putpalette([0, 200, 0, 220, 200, 100])
+        mask.save(root / "labels" / f"t{number}.png")
+    spec = {"name": "mine", "classes": CLASSES, "crop": 64, "val": 0.2}
+    (root / "dataset.yaml").write_text(yaml.safe_dump(spec))
+    return root
+
+
+def train(root: Path, out: Path, *more: object) -> Result:
+    where = ("--dataset", root / "dataset.yaml", "--data-root", root, "--labels", 3, "--out", out)
+    return call("train", *where, *SHORT, *more)
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from co2s_fast.cli import main;"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0;"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("eval",), ("predict",), ("report",), ("compare",), ("doctor",),
+                ("data",), ("data", "prepare"), ("data", "split"), ("data", "check")]
+)  # fmt: skip
+def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
+    result = call(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_doctor_names_every_backend() -> None:
+    result = call("doctor")
+    assert result.exit_code == 0, result.output
+    for word in ("torch", "reference", "cpp", "triton", "cuda"):
+        assert word in result.output
+
+
+def test_data_list_names_every_dataset() -> None:
+    result = call("data", "list")
+    assert result.exit_code == 0, result.output
+    for word in ("whdld", "loveda", "potsdam", "gid15", "mer", "msl", "demo"):
+        assert word in result.output
+
+
+def test_a_whole_run(prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = train(prepared, out)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.stdout.splitlines()[-1] == str(out / "report.html")
+    for name in ("config.yaml", "metrics.jsonl", "eval.json", "report.html"):
+        assert (out / name).is_file()
+    scores = json.loads((out / "eval.json").read_text())["students"]
+    assert set(scores) == {"clip", "ssm", "both"}
+
+    failed(train(prepared, out), 2, str(out), "--resume")
+    assert train(prepared, out, "--resume").exit_code == 0
+
+    result = call("eval", out, "--student", "ssm")
+    assert result.exit_code == 0
+    assert "grass" in result.output
+    maps = tmp_path / "maps"
+    result = call("predict", out, prepared / "images" / "t0.png", "-o", maps, "--confidence")
+    assert result.exit_code == 0, result.output
+    assert set(np.unique(np.asarray(Image.open(maps / "t0.png")))) <= {0, 1}
+    assert (maps / "t0.confidence.png").is_file()
+    assert call("predict", out, "--val", 1, "-o", maps).exit_code == 0
+    assert call("report", out).exit_code == 0
+    again = tmp_path / "again"
+    assert train(prepared, again, "--seed", 1).exit_code == 0
+    result = call("compare", out, again, "-o", tmp_path / "comparison.html")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert (tmp_path / "comparison.html").is_file()
+
+
+def test_a_dry_run_writes_nothing(prepared: Path, tmp_path: Path) -> None:
+    assert train(prepared, tmp_path / "run", "--dry-run").exit_code == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_usage_errors(prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    failed(train(prepared, out, "--set", "train.stepz=1", "--set", "eval.cropp=3"), 2,
+           "train.stepz", "eval.cropp")  # fmt: skip
+    failed(train(prepared, out, "--method", "magic"), 2, "magic", "co2s")
+    failed(train(prepared, out, "--set", "data.ratio=1/2"), 2, "ratio", "labels")
+    failed(call("train", "--dataset", "atlantis", "--out", out), 2, "atlantis")
+    failed(train(prepared, out, "--resume"), 2, "--resume", str(out))
+    failed(call("predict", tmp_path, "x.png", "-o", out), 2, str(tmp_path), "run folder")
+    failed(call("eval", tmp_path), 2, "config.yaml")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    failed(train(prepared, blocked / "run"), 2, str(blocked))
+    assert not out.exists()
+
+
+def test_data_errors(prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    failed(train(prepared, out, "--labels", 9), 1, "9")
+    (prepared / "images" / "t3.png").write_bytes(b"not an image")
+    failed(train(prepared, out), 1, "t3.png")
+    result = call("data", "check", prepared)
+    assert result.exit_code == 1
+    assert "t3.png" in result.output
+    failed(call("train", "--dataset", "potsdam", "--ratio", "1/32", "--data-root", tmp_path / "no",
+                "--out", out), 1, str(tmp_path / "no"))  # fmt: skip
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_your_own_imagery(shared_dir: Path, tmp_path: Path) -> None:
+    """The README's walk-through on real imagery, with two steps of training."""
+    raw = shared_dir / "data" / "dubai-raw"
+    if not raw.is_dir():
+        pytest.skip(f"no imagery at {raw}")
+    description = Path(__file__).parents[1] / "examples" / "datasets" / "dubai.yaml"
+    root, out = tmp_path / "dubai", tmp_path / "run"
+    assert call("data", "prepare", description, "--raw", raw, "--out", root).exit_code == 0
+    result = call("data", "split", root, "--ratio", "1/16", "--seed", 0)
+    assert result.exit_code == 0, result.output
+    split = root / "splits" / "1_16"
+    assert {f.name for f in split.iterdir()} >= {"labeled.txt", "unlabeled.txt"}
+    result = call("data", "check", root, "--split", split)
+    assert result.exit_code == 0, result.output
+    assert "vegetation" in result.output
+    where = ("--dataset", root / "dataset.yaml", "--data-root", root, "--ratio", "1/16")
+    result = call("train", *where, "--out", out, *SHORT)
+    assert result.exit_code == 0, (result.output, result.exception)
+    scene = raw / "tile8" / "images" / "image_part_003.jpg"
+    result = call("predict", out, scene, "-o", tmp_path / "maps")
+    assert result.exit_code == 0, (result.output, result.exception)
+    with Image.open(scene) as image, Image.open(tmp_path / "maps" / "image_part_003.png") as labels:
+        assert labels.size == image.size
