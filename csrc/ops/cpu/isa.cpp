@@ -4,14 +4,13 @@
 #include <stdexcept>
 
 namespace co2s {
-namespace {
 
-bool supported(Isa isa) {
+bool isa_supported(Isa isa) {
 #if defined(CO2S_HAS_X86_VARIANTS)
   __builtin_cpu_init();
   switch (isa) {
   case Isa::kAvx512:
-    return supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
+    return isa_supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
   case Isa::kAvx2:
@@ -24,16 +23,18 @@ bool supported(Isa isa) {
 #endif
 }
 
+namespace {
+
 Isa choose() {
   constexpr Isa best_first[] = {Isa::kAvx512, Isa::kAvx2, Isa::kBaseline};
   const char* wanted = std::getenv("CO2S_CPU_ISA");
   for (Isa isa : best_first) {
     if (wanted != nullptr && *wanted != '\0') {
       if (isa_name(isa) != wanted) continue;
-      if (supported(isa)) return isa;
+      if (isa_supported(isa)) return isa;
       throw std::runtime_error("CO2S_CPU_ISA=" + isa_name(isa) + ": not supported by this CPU");
     }
-    if (supported(isa)) return isa;
+    if (isa_supported(isa)) return isa;
   }
   throw std::runtime_error(std::string("CO2S_CPU_ISA=") + wanted +
                            ": expected baseline, avx2 or avx512");

@@ -11,6 +11,7 @@ enum class Isa { kBaseline, kAvx2, kAvx512 };
 // The best variant this CPU runs, or the one named by the environment variable CO2S_CPU_ISA
 // (baseline, avx2, avx512; an error when unknown or not supported here). Read once.
 Isa chosen_isa();
+bool isa_supported(Isa isa);
 std::string isa_name(Isa isa);
 std::vector<std::string> compiled_isas();
 
