@@ -141,7 +141,8 @@ def _decode_colors(rgb: NDArray[np.uint8], spec: DatasetSpec) -> NDArray[np.uint
         from co2s_fast._native import decode_palette
     except ImportError:
         return decode_palette_numpy(rgb, colors, values, UNKNOWN)
-    return decode_palette(np.ascontiguousarray(rgb), colors, values, UNKNOWN)
+    labels, _undeclared = decode_palette(np.ascontiguousarray(rgb), colors, values, UNKNOWN)
+    return labels
 
 
 def decode_palette_numpy(
