@@ -1,9 +1,8 @@
 // The vectors of simd.h and the row conversions of rows.h, lane by lane against scalars. Compiled
-// once per instruction set; exits with 77 (skipped) where the CPU has not got it.
+// once per instruction set; simd_main.cpp runs it where the CPU has that set.
 #include <limits>
 
 #include "check.h"
-#include "ops/cpu/isa.h"
 #include "ops/cpu/rows.h"
 
 namespace co2s::CO2S_ISA {
@@ -87,13 +86,3 @@ int run() {
 }
 
 } // namespace co2s::CO2S_ISA
-
-#define CO2S_TEXT_OF(x) #x
-#define CO2S_TEXT(x) CO2S_TEXT_OF(x)
-
-int main() {
-  for (const co2s::Isa isa : {co2s::Isa::kBaseline, co2s::Isa::kAvx2, co2s::Isa::kAvx512}) {
-    if (co2s::isa_name(isa) == CO2S_TEXT(CO2S_ISA) && !co2s::isa_supported(isa)) return 77;
-  }
-  return co2s::CO2S_ISA::run();
-}
