@@ -1,6 +1,6 @@
 // The vectors of simd.h and the row conversions of rows.h, lane by lane against scalars. Compiled
 // once per instruction set; simd_main.cpp runs it where the CPU has that set.
-#include <limits>
+#include <initializer_list>
 
 #include "check.h"
 #include "ops/cpu/rows.h"
