@@ -1,6 +1,6 @@
 """Pytest plugin: the CUDA kernels, emulated on the CPU, stand in for the `cpp` backend.
 
-    CO2S_EMULATED=<folder of _cuda_emulated*.so> pytest -p emulated_backend tests/conformance -k cpp
+CO2S_EMULATED=<folder of _cuda_emulated*.so> pytest -p emulated_backend tests/conformance -k cpp
 """
 
 from __future__ import annotations
