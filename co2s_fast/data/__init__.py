@@ -28,8 +28,8 @@ _HOME = {
     "check_split": "check",
     "generate_demo": "demo",
     "Batch": "batch",
-    "build_loader": "pipeline_torch",
-    "steps_per_epoch": "pipeline_torch",
+    "build_loader": "loader",
+    "steps_per_epoch": "plan",
     "val_dataset": "validation",
 }
 

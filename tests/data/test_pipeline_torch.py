@@ -20,7 +20,7 @@ from co2s_fast.data import (
 )
 from co2s_fast.data.draws import UNLABELED
 from co2s_fast.data.files import load_image, load_label
-from co2s_fast.data.pipeline_torch import Order
+from co2s_fast.data.plan import Order
 from co2s_fast.errors import DataError, UsageError
 
 ALL = {"x", "w", "s1", "s2"}

@@ -1,0 +1,119 @@
+"""Which images and which drawn numbers make the batch of a step: what every pipeline shares.
+
+The batch of step t is a pure function of (seed, t). Hence resuming is starting at a step, and two
+ranks together see what one process sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from co2s_fast.data import draws as D
+from co2s_fast.data.catalogue import DatasetSpec
+from co2s_fast.data.config import DataConfig
+from co2s_fast.data.draws import LABELED, UNLABELED
+from co2s_fast.data.files import Item, load_label
+from co2s_fast.data.splits import Split
+from co2s_fast.errors import DataError
+
+VIEWS = ("x", "w", "s1", "s2")
+STRONG = ("s1", "s2")
+
+
+def recipe(config: DataConfig, spec: DatasetSpec) -> D.Recipe:
+    """Crop and scale rule of a run: the configuration's where given, else the dataset's."""
+    return D.Recipe(config.crop or spec.crop, config.scale or spec.scale,
+                    config.scale_range or spec.scale_range)
+
+
+def steps_per_epoch(config: DataConfig, split: Split) -> int:
+    """Steps of one pass over the unlabelled list, the last partial batch dropped.
+
+    Without unlabelled images: of one pass over the labelled list.
+    """
+    return max(len(split.unlabeled or split.labeled) // config.batch_size, 1)
+
+
+class Order:
+    """Which image is at a position of the endless stream of passes, each newly shuffled.
+
+    Args:
+        count: images in the list.
+        used: images of a pass that are used; the rest of that pass is dropped.
+        seed: of the run.
+        stream: LABELED or UNLABELED.
+    """
+
+    def __init__(self, count: int, used: int, seed: int, stream: int) -> None:
+        self.count, self.used, self.seed, self.stream = count, used, seed, stream
+        self._pass, self._order = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        number, offset = divmod(position, self.used)
+        if number != self._pass:
+            entropy = np.random.SeedSequence((self.seed, number, self.stream, 0xE90C4))
+            order = np.random.Generator(np.random.Philox(entropy)).permutation(self.count)
+            self._pass, self._order = number, order
+        return int(self._order[offset])
+
+
+class Plan:
+    """One rank's share of every batch: its images, and the choices drawn for each.
+
+    Args:
+        config: batch size, crop, scale.
+        spec: the dataset.
+        split: its labelled and unlabelled images.
+        views: subset of VIEWS.
+        seed: of the run.
+        rank: takes positions [rank B / world, (rank + 1) B / world) of each batch.
+        world: number of ranks.
+    """
+
+    def __init__(self, config: DataConfig, spec: DatasetSpec, split: Split, views: Collection[str],
+                 seed: int, rank: int = 0, world: int = 1) -> None:
+        size = config.batch_size
+        self.spec, self.split, self.views, self.seed = spec, split, frozenset(views), seed
+        self.batch_size, self.recipe = size, recipe(config, spec)
+        self.antialias = self.recipe.scale == "native"
+        self.positions = range(rank * size // world, (rank + 1) * size // world)
+        self.truth = config.truth and any(item.label for item in split.unlabeled)
+        self._labeled = Order(len(split.labeled), len(split.labeled), seed, LABELED)
+        count = len(split.unlabeled)
+        self._unlabeled = Order(count, count // size * size, seed, UNLABELED)
+
+    @property
+    def has_unlabeled(self) -> bool:
+        """Whether any view of an unlabelled image is asked for."""
+        return bool(self.views - {"x"})
+
+    def labeled(self, step: int) -> list[tuple[int, Item]]:
+        """This rank's labelled images of a step, each with its position in the global batch."""
+        start = step * self.batch_size
+        return [(p, self.split.labeled[self._labeled[start + p]]) for p in self.positions]
+
+    def unlabeled(self, step: int) -> list[tuple[int, Item]]:
+        """This rank's unlabelled images of a step; none where no view of them is asked for."""
+        start = step * self.batch_size
+        return [(p, self.split.unlabeled[self._unlabeled[start + p]])
+                for p in self.positions if self.has_unlabeled]
+
+    def draw(self, step: int, position: int, stream: int, height: int, width: int) -> D.Draws:
+        """All choices for the image at a position: LABELED its crop, UNLABELED views and boxes."""
+        rng = D.generator(self.seed, step, position, stream)
+        return D.draw(rng, height, width, self.recipe, strong=stream == UNLABELED)
+
+    def label(self, item: Item, height: int, width: int) -> NDArray[np.uint8]:
+        """The label of an image of that size.
+
+        Raises:
+            DataError: none, damaged, an undeclared value, or another size than the image.
+        """
+        label = load_label(item, self.spec)
+        if label.shape != (height, width):
+            raise DataError(f"{item.label}: {label.shape[1]} x {label.shape[0]} pixels, its image "
+                            f"{item.image} has {width} x {height}")
+        return label
