@@ -50,7 +50,8 @@ def test_killed_and_resumed_is_as_if_never_killed(run_content, tmp_path, number)
     again = launch(broken, tmp_path / "config.yaml", "--resume")
     _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said[-2000:]
-    # The same command again: bits depend on the number of threads, which this process does not share.
+    # The same command again: bits depend on the number of threads, which this process does not
+    # share.
     whole = launch(content, tmp_path / "whole.yaml")
     _, said = whole.communicate(timeout=300)
     assert whole.returncode == 0, said[-2000:]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from co2s_fast.kernels import corner_sums
 from co2s_fast.kernels.masked_cross_entropy import (
     masked_cross_entropy,
     masked_cross_entropy_backward,
 )
 from co2s_fast.kernels.softmax_confidence import softmax_confidence
-from torch import Tensor
-
 from co2s_fast.ops import reference
 
 # (batch, classes, low grid, label grid, align_corners)

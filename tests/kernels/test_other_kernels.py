@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from co2s_fast.kernels import corner_sums
 from co2s_fast.kernels.confusion_matrix import confusion_matrix
 from co2s_fast.kernels.cutmix import cutmix_
 from co2s_fast.kernels.stability_loss import stability_loss, stability_loss_backward
-
 from co2s_fast.ops import reference
 
 # (classes, grid of a, grid of b, output grid, align_corners)
