@@ -56,6 +56,8 @@ def main() -> None:
 @click.option("--method", help="co2s (the default), onlysup, ...")
 @click.option("--recipe", help="A recipe's name or YAML file; by default the dataset's own.")
 @click.option("--seed", type=int, help="Fixes splits, weights, augmentation and order.")
+@click.option("--loader", type=click.Choice(["auto", "torch", "dali"]),
+              help="Input pipeline. Default: DALI on a GPU where it is installed, else torch.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change one configuration value, e.g. --set train.steps=500. Repeatable.")
 @click.option("--out", type=PATH, help="Run folder. Default: runs/<dataset>-<split>-<method>.")

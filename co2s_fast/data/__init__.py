@@ -29,6 +29,7 @@ _HOME = {
     "generate_demo": "demo",
     "Batch": "batch",
     "build_loader": "loader",
+    "choose_loader": "loader",
     "steps_per_epoch": "plan",
     "val_dataset": "validation",
 }

@@ -22,6 +22,8 @@ class Batch:
         ignore: uint8 [B, H, W], 255 where the unlabelled crop is padding, 0 elsewhere.
         boxes1: CutMix boxes of s1, int32 [B, 4] as (x1, y1, x2, y2), half open, zeros: no box.
         boxes2: CutMix boxes of s2.
+        colours: what strong views are still to be made with, float32 [B, views, 10]; only between a
+            worker and the device that makes them.
         truth: labels of the unlabelled crops, uint8 [B, H, W], 255 where there is none.
         labeled_files: names of the labelled images.
         unlabeled_files: names of the unlabelled images.
@@ -35,6 +37,7 @@ class Batch:
     ignore: Tensor | None = None
     boxes1: Tensor | None = None
     boxes2: Tensor | None = None
+    colours: Tensor | None = None
     truth: Tensor | None = None
     labeled_files: list[str] = field(default_factory=list)
     unlabeled_files: list[str] = field(default_factory=list)

@@ -22,8 +22,13 @@ class DataConfig(BaseModel):
         crop: side of training crops in pixels; None: the dataset's.
         scale: overrides the dataset's scale rule; scale_range: its range.
         batch_size: labelled images a step, and unlabelled images a step, over all ranks.
-        workers: loader processes a rank; 0 loads in the training process. The batches are the same.
-        loader: input pipeline.
+        workers: a rank's loader processes (torch; 0 loads in the training process) or threads
+            (DALI). The batches are the same.
+        loader: input pipeline; "auto" is DALI where it is installed and the run is on a GPU, else
+            torch.
+        dali_placement: where the DALI graph has its images; "auto" is the GPU of a run on one.
+        strong_on_device: the torch pipeline leaves the strong views to the training device, in
+            batch; None: where that is a GPU.
         truth: read the labels of unlabelled images where there are any, to measure pseudo-labels.
         missing_classes: what to do about a class that no labelled image shows.
     """
@@ -41,7 +46,9 @@ class DataConfig(BaseModel):
     scale_range: tuple[float, float] | None = None
     batch_size: int = Field(default=4, ge=1)
     workers: int = Field(default=2, ge=0)
-    loader: Literal["torch", "dali"] = "torch"
+    loader: Literal["auto", "torch", "dali"] = "auto"
+    dali_placement: Literal["auto", "gpu", "cpu"] = "auto"
+    strong_on_device: bool | None = None
     truth: bool = True
     missing_classes: Literal["error", "warn"] = "error"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Iterator
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 
@@ -14,6 +16,8 @@ from co2s_fast.data.plan import VIEWS, Plan
 from co2s_fast.data.splits import Split
 from co2s_fast.errors import UsageError
 
+INSTALL_DALI = "pip install 'co2s-fast[dali]'"
+
 
 class Loader(Protocol):
     """Iterates over the batches of consecutive steps. Iterating again starts anew."""
@@ -21,6 +25,52 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class LoaderChoice:
+    """What a configuration comes to on a device."""
+
+    loader: Literal["torch", "dali"]
+    placement: Literal["gpu", "cpu"] = "cpu"
+    strong_on_device: bool = False
+
+    def __str__(self) -> str:
+        if self.loader == "dali":
+            return f"dali on the {self.placement}"
+        return "torch" + (", strong views on the device" if self.strong_on_device else "")
+
+
+def choose_loader(config: DataConfig, device: torch.device | str = "cpu") -> LoaderChoice:
+    """Which pipeline serves a run on that device.
+
+    Raises:
+        UsageError: DALI was asked for and is not installed, or its GPU placement without a GPU.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    loader = config.loader
+    if loader == "auto":
+        loader = "dali" if on_gpu and dali_is_installed() else "torch"
+    if loader == "torch":
+        strong = on_gpu if config.strong_on_device is None else config.strong_on_device
+        return LoaderChoice("torch", strong_on_device=strong)
+    if not dali_is_installed():
+        raise UsageError(f"loader 'dali': DALI is not installed; {INSTALL_DALI}, or use loader "
+                         "'torch'")
+    placement = config.dali_placement
+    if placement == "auto":
+        placement = "gpu" if on_gpu else "cpu"
+    if placement == "gpu" and not on_gpu:
+        raise UsageError("data.dali_placement: gpu was asked for, but this run is on the CPU")
+    return LoaderChoice("dali", placement)
+
+
+def dali_is_installed() -> bool:
+    """Whether `nvidia.dali` can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package of the name nvidia at all
+        return False
 
 
 def build_loader(
@@ -34,6 +84,7 @@ def build_loader(
     total_steps: int,
     rank: int = 0,
     world: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Loader:
     """The batches of steps start_step .. total_steps - 1 of one rank.
 
@@ -47,9 +98,12 @@ def build_loader(
         total_steps: end, exclusive.
         rank: gets positions [rank B / world, (rank + 1) B / world) of each batch.
         world: number of ranks.
+        device: that the batches are for. Those of DALI's GPU placement, and those whose strong
+            views are made on the device, are there already.
 
     Raises:
-        UsageError: unknown views, a batch that ranks cannot share, no unlabelled image to view.
+        UsageError: unknown views, a batch that ranks cannot share, no unlabelled image to view, a
+            pipeline that cannot run here.
     """
     unknown = set(views) - set(VIEWS)
     if unknown or "x" not in views:
@@ -59,10 +113,27 @@ def build_loader(
     if set(views) - {"x"} and len(split.unlabeled) < config.batch_size:
         raise UsageError(f"{len(split.unlabeled)} unlabelled images, fewer than the batch size "
                          f"{config.batch_size}; the method needs unlabelled images")
-    if config.loader == "dali":
-        raise UsageError("loader 'dali' is not built into this version; use loader 'torch'")
+    choice = choose_loader(config, device)
+    plan = Plan(config, spec, split, views, seed, rank, world)
+    steps = range(start_step, total_steps)
+    if choice.loader == "dali":
+        return _dali_loader(plan, steps, config.workers, choice, torch.device(device))
     from co2s_fast.data.pipeline_torch import StepDataset, TorchLoader
 
-    plan = Plan(config, spec, split, views, seed, rank, world)
-    return TorchLoader(StepDataset(plan), start_step, total_steps, config.workers,
-                       pin_memory=torch.cuda.is_available())
+    dataset = StepDataset(plan, strong=not choice.strong_on_device)
+    loader = TorchLoader(dataset, steps, config.workers, pin_memory=torch.cuda.is_available())
+    if not choice.strong_on_device:
+        return loader
+    from co2s_fast.data.strong_on_device import StrongOnDevice
+
+    return StrongOnDevice(loader, torch.device(device))
+
+
+def _dali_loader(plan: Plan, steps: range, threads: int, choice: LoaderChoice,
+                 device: torch.device) -> Loader:
+    from co2s_fast.data.pipeline_dali import DaliLoader
+
+    gpu = None
+    if choice.placement == "gpu":
+        gpu = torch.cuda.current_device() if device.index is None else device.index
+    return DaliLoader(plan, steps, threads, gpu)

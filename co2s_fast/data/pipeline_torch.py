@@ -21,6 +21,7 @@ from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.draws import LABELED, UNLABELED, Geometry
 from co2s_fast.data.files import Item, load_rgb
 from co2s_fast.data.plan import STRONG, Plan
+from co2s_fast.data.strong_on_device import pack
 from co2s_fast.data.transforms import crop_image, crop_label, padding_map, strong_view
 from co2s_fast.errors import DataError
 
@@ -33,10 +34,15 @@ class _Failure:
 
 
 class StepDataset(Dataset):
-    """Maps a step to this rank's share of its batch."""
+    """Maps a step to this rank's share of its batch.
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    Args:
+        plan: what is in it.
+        strong: make the strong views; else pass the numbers they are to be made with.
+    """
+
+    def __init__(self, plan: Plan, strong: bool = True) -> None:
+        self.plan, self.strong = plan, strong
 
     def __getitem__(self, step: int) -> Batch | _Failure:
         try:
@@ -65,12 +71,16 @@ class StepDataset(Dataset):
         out: dict[str, NDArray | str] = {"ignore": padding_map(drawn.geometry),
                                          "unlabeled_files": item.name}
         pixels = _channels_first(crop)
-        if "w" in plan.views:
+        strong = [(number, name) for number, name in enumerate(STRONG) if name in plan.views]
+        if "w" in plan.views or (strong and not self.strong):
             out["w"] = pixels
-        for number, name in enumerate(STRONG):
-            if name in plan.views:
+        for number, name in strong:
+            out[f"boxes{number + 1}"] = np.array(drawn.boxes[number], np.int32)
+            if self.strong:
                 out[name] = strong_view(pixels, drawn.colours[number])
-                out[f"boxes{number + 1}"] = np.array(drawn.boxes[number], np.int32)
+        if strong and not self.strong:
+            rows = [pack(drawn.colours[number]) for number, _ in strong]
+            out["colours"] = np.array(rows, np.float32)
         if plan.truth:
             out["truth"] = self._truth(item, image, drawn.geometry)
         return out
@@ -94,12 +104,10 @@ def _stack(samples: list[dict[str, NDArray | str]]) -> dict[str, Tensor | list[s
 
 
 class TorchLoader:
-    """Iterates over the batches of steps start_step .. total_steps - 1."""
+    """Iterates over the batches of some steps."""
 
-    def __init__(self, dataset: StepDataset, start_step: int, total_steps: int, workers: int,
-                 pin_memory: bool) -> None:
+    def __init__(self, dataset: StepDataset, steps: range, workers: int, pin_memory: bool) -> None:
         self.dataset = dataset
-        steps = range(start_step, total_steps)
         self._loader = DataLoader(
             dataset, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin_memory,
             persistent_workers=workers > 0, prefetch_factor=2 if workers else None,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def crop_image(image: Image.Image, geometry: Geometry, antialias: bool) -> Image.Image:
     """The crop of an image: resized, zero padded at right and bottom, flipped."""
-    size, box = _window(image.size, geometry)
+    size, box = source_box(image.size, geometry)
     # Enlarging, Pillow's resize is plain bilinear too, and quicker than its affine transform.
     if antialias or (geometry.width >= image.width and geometry.height >= image.height):
         crop = image.resize(size, Image.Resampling.BILINEAR, box=box)
@@ -56,10 +56,19 @@ def padding_map(geometry: Geometry) -> NDArray[np.uint8]:
     return np.ascontiguousarray(out[:, ::-1]) if geometry.flip else out
 
 
-def _window(
+def source_box(
     size: tuple[int, int], geometry: Geometry
 ) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
-    """Size of the crop's image part, and the part of the source it shows, in source pixels."""
+    """Where the pixels of a crop come from, before the flip.
+
+    Args:
+        size: (width, height) of the source image.
+        geometry: the drawn crop.
+
+    Returns:
+        (width, height) of the crop's image part, and (left, top, right, bottom) of what it shows,
+        in source pixels.
+    """
     across, down = size[0] / geometry.width, size[1] / geometry.height
     width, height = geometry.valid_width, geometry.valid_height
     box = (geometry.left * across, geometry.top * down,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 PACKAGES = (
     "torch", "torchvision", "triton", "open_clip_torch", "timm", "numpy", "pillow", "safetensors",
-    "click", "pydantic", "tensorboard", "rasterio", "nvidia-dali-cuda120", "pybind11", "ninja",
+    "click", "pydantic", "tensorboard", "rasterio", "kornia", "nvidia-dali-cuda120", "pybind11",
+    "ninja",
 )  # fmt: skip
 OPTIONAL_FIX = {
     "nvidia-dali-cuda120": "pip install 'co2s-fast[dali]'",

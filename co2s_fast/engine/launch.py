@@ -59,6 +59,7 @@ def nested_options(options: dict[str, Any]) -> dict[str, Any]:
         "ratio": options.get("ratio"),
         "labels": options.get("labels"),
         "split": options.get("split"),
+        "loader": options.get("loader"),
     }
     data = {key: value for key, value in data.items() if value is not None}
     nested: dict[str, Any] = {"data": data} if data else {}

@@ -50,6 +50,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         },
         "device": device_name(trainer.device),
         "world": trainer.ranks.world,
+        "loader": str(trainer.loader),
         "backend": ops.backend(torch.empty(0, device=trainer.device)),
         "method": trainer.config.method.name,
         "dataset": spec.name,
@@ -79,7 +80,7 @@ def headline(trainer: Trainer, record: dict[str, Any]) -> str:
         f"{record['method']} on {record['dataset']}: {images['labeled']} labelled, "
         f"{images['unlabeled']} unlabelled, {images['val']} validation images; "
         f"steps {trainer.step}-{record['steps']} on {record['device']}, losses by "
-        f"{record['backend']}; run folder {trainer.folder}",
+        f"{record['backend']}, input by {record['loader']}; run folder {trainer.folder}",
         *record["notes"],
     ]
     for name, student in record["students"].items():

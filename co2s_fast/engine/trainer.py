@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from co2s_fast import ops
-from co2s_fast.data import Batch, build_loader, load_dataset, open_split, steps_per_epoch
+from co2s_fast.data import Batch, load_dataset, open_split, steps_per_epoch
 from co2s_fast.data.files import write_text
+from co2s_fast.data.loader import build_loader, choose_loader
 from co2s_fast.data.validation import val_dataset
 from co2s_fast.engine import checkpoint, distributed, start
 from co2s_fast.engine.config import (
@@ -124,6 +125,7 @@ class Trainer:
 
     def _setup_data(self) -> None:
         data = self.config.data
+        self.loader = choose_loader(data, self.device)
         self.spec = load_dataset(data.dataset)
         if self.ranks.is_main:  # the first process may generate data or write a split
             self.split = open_split(data, self.spec)
@@ -257,7 +259,7 @@ class Trainer:
         loader = build_loader(
             self.config.data, self.spec, self.split, views=self.method.views,
             seed=self.config.seed, start_step=self.step, total_steps=self.total_steps,
-            rank=self.ranks.rank, world=self.ranks.world,
+            rank=self.ranks.rank, world=self.ranks.world, device=self.device,
         )  # fmt: skip
         batches = iter(loader)
         with deaf_children():  # the workers start with the first batch
