@@ -15,10 +15,16 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from co2s_fast.data.batch import Batch
-from co2s_fast.data.dali.graph import QUEUE, build_pipeline, graph_inputs, graph_outputs
+from co2s_fast.data.dali.graph import (
+    QUEUE,
+    build_pipeline,
+    can_decode,
+    graph_inputs,
+    graph_outputs,
+)
 from co2s_fast.data.dali.source import Arrays, step_arrays
 from co2s_fast.data.draws import LABELED, UNLABELED
-from co2s_fast.data.files import Item, open_image
+from co2s_fast.data.files import Item
 from co2s_fast.data.plan import Plan
 from co2s_fast.errors import DataError
 
@@ -117,13 +123,12 @@ class _Feed:
         return self._in_dali.popleft()[0].names()
 
     def blame(self, error: RuntimeError) -> Exception:
-        """What to raise for an error of DALI: the damaged file, if one is to blame."""
+        """What to raise for an error of DALI: the file that it refuses, if one is to blame."""
         for items, _ in self._in_dali:
             for _, _, item in items.places:
-                try:
-                    open_image(item.image)
-                except DataError as damaged:
-                    return damaged
+                if not can_decode(item.image):
+                    return DataError(f"{item.image}: damaged, or not an image that DALI decodes "
+                                     "(then --loader torch may)")
         return error
 
     def cancel(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from co2s_fast.data import DatasetSpec
+from co2s_fast.data import DatasetSpec, Item
 from co2s_fast.data.catalogue import parse_dataset
 
 
@@ -48,3 +48,22 @@ def truncate(path: Path, share: float = 0.6) -> None:
     """Cut the end of a file off."""
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
+
+
+def ramps(folder: Path, count: int, side: int = 200) -> tuple[DatasetSpec, list[Item]]:
+    """Tiles whose pixels and labels both are their column (even tiles) or their row (odd ones).
+
+    Returns:
+        A dataset with `side` classes, and the tiles, which have labels.
+    """
+    classes = [{"name": f"c{i}", "color": [i, 1, 2]} for i in range(side)]
+    spec = two_classes(classes=classes, crop=side, mask={"encoding": "index"}, tile={})
+    column = np.broadcast_to(np.arange(side, dtype=np.uint8), (side, side))
+    items = []
+    for number in range(count):
+        values = np.ascontiguousarray(column.T if number % 2 else column)
+        item = Item(f"tile{number}", folder / f"tile{number}.png", folder / f"label{number}.png")
+        Image.fromarray(np.repeat(values[..., None], 3, 2)).save(item.image)
+        Image.fromarray(values).save(item.label)
+        items.append(item)
+    return spec, items

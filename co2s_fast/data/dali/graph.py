@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from co2s_fast.data.dali.colour import Node, strong_view
-from co2s_fast.data.dali.source import input_names
+from co2s_fast.data.dali.source import encoded_image, input_names
 from co2s_fast.data.draws import LABELED, UNLABELED
 from co2s_fast.data.plan import STRONG, Plan
 
@@ -72,6 +73,22 @@ def _graph(plan: Plan, source: Callable[[], tuple]) -> tuple[Any, ...]:
     return tuple(outputs[name] for name in graph_outputs(plan))
 
 
+def can_decode(path: Path) -> bool:
+    """Whether DALI's decoder on the CPU takes an image file."""
+    encoded, _ = encoded_image(path)
+    pipeline = _decoder(lambda: [encoded], batch_size=1, num_threads=1, device_id=None)
+    try:
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
+
+
+@pipeline_def
+def _decoder(source: Callable[[], list]) -> Node:
+    return decode(fn.external_source(source=source, batch=True), on_gpu=False)
+
+
 def pick(inputs: dict[str, Node], prefix: str) -> dict[str, Node]:
     """Inputs whose name begins with the prefix, without it."""
     return {name[len(prefix):]: node for name, node in inputs.items() if name.startswith(prefix)}
@@ -82,15 +99,17 @@ def crop_image(image: dict[str, Node], crop: int, antialias: bool, on_gpu: bool)
 
     Only the crop's window is resized; a region given from right to left is mirrored.
     """
-    decoded = fn.decoders.image(
-        image["image"], device="mixed" if on_gpu else "cpu", output_type=types.RGB,
-        adjust_orientation=False, jpeg_fancy_upsampling=True,
-    )  # fmt: skip
     part = fn.resize(
-        decoded, size=image["size"], roi_start=image["start"], roi_end=image["end"],
-        interp_type=types.INTERP_LINEAR, antialias=antialias,
+        decode(image["image"], on_gpu), size=image["size"], roi_start=image["start"],
+        roi_end=image["end"], interp_type=types.INTERP_LINEAR, antialias=antialias,
     )  # fmt: skip
     return pad_if(part, image["padded"], image["corner"], crop)
+
+
+def decode(encoded: Node, on_gpu: bool) -> Node:
+    """uint8 [H, W, 3], not turned by EXIF: labels are not, either."""
+    return fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB,
+                             adjust_orientation=False, jpeg_fancy_upsampling=True)
 
 
 def pad_if(part: Node, wanted: Node, corner: Node, crop: int) -> Node:
