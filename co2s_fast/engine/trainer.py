@@ -226,6 +226,10 @@ class Trainer:
             weights = checkpoint.read_arrays(folder, state, name)
             checkpoint.load_weights(student, weights, f"checkpoint {folder}")
             student.provenance = state["provenance"][name]
+        if own := self.method.own_state():
+            saved = checkpoint.read_arrays(folder, state, "method")
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
         tensors = checkpoint.read_arrays(folder, state, "optimizer")
         checkpoint.unpack_optimizer(self.optimizer, tensors, state["optimizer"])
         checkpoint.unpack_rng(checkpoint.read_arrays(folder, state, "rng"), state["rng"])
@@ -355,6 +359,8 @@ class Trainer:
         tensors, structure = checkpoint.pack_optimizer(self.optimizer)
         random_tensors, random_rest = checkpoint.pack_rng()
         arrays = {**student_arrays(self.students), "optimizer": tensors, "rng": random_tensors}
+        if own := self.method.own_state():
+            arrays["method"] = own
         window = {"steps": self.meter.steps, "sums": self.meter.fetch()}
         self._write("last", arrays, {"optimizer": structure, "rng": random_rest,
                                      "best": self.best, "window": window})  # fmt: skip

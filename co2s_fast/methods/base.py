@@ -63,6 +63,10 @@ class Method(nn.Module, ABC):
         """Same as calling the method."""
         return self(batch, step, total_steps)
 
+    def own_state(self) -> dict[str, Tensor]:
+        """Tensors that the method keeps beside its students' and that a resumed run needs."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("students.")}
+
     def ratios(self) -> dict[str, tuple[str, str]]:
         """Logged ratios of counts: name -> (key of the numerator, key of the denominator)."""
         return {}

@@ -6,14 +6,16 @@ the perturbed one; losses are taken on the decoder's own grid.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from co2s_fast.errors import UsageError
 from co2s_fast.losses import CutMix, masked_cross_entropy_terms, softmax_confidence
+from co2s_fast.methods.alignment import DistributionAlignment
 from co2s_fast.methods.base import Method, MethodConfig, channel_keep_masks, step_generator
 from co2s_fast.methods.reduce import LossTerms, rank_and_world
 
@@ -33,11 +35,14 @@ class ConsistencyConfig(MethodConfig):
         s1_weight: factor of the first strong view's term in the loss; further views likewise.
         cutmix_shards: CutMix partners stay inside each of this many equal shards of the batch. With
             more processes than shards, they stay inside each process's share.
+        distribution_alignment: strength of `DistributionAlignment` on the pseudo-labels; 0, as the
+            paper has it, leaves them alone.
     """
 
     threshold: float = Field(default=0.95, ge=0, le=1)
     s1_weight: float = Field(default=0.5, ge=0)
     cutmix_shards: int = Field(default=1, ge=1)
+    distribution_alignment: float = Field(default=0.0, ge=0, le=2)
 
 
 class ConsistencyMethod(Method):
@@ -46,6 +51,16 @@ class ConsistencyMethod(Method):
     config: ConsistencyConfig
     strong: ClassVar[tuple[str, ...]]
     """Strong views that are learnt from; "fp" is the feature-perturbed weak view."""
+
+    def __init__(
+        self, students: Mapping[str, Student], config: ConsistencyConfig, *, seed: int = 0
+    ) -> None:
+        super().__init__(students, config, seed=seed)
+        strength = config.distribution_alignment
+        self.alignment = nn.ModuleDict()
+        if strength > 0:
+            for name, student in students.items():
+                self.alignment[name] = DistributionAlignment(student.num_classes, strength)
 
     def forward(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
         """Losses of one step; see `Method.forward`. Mixes `batch.s1` and `batch.s2` in place."""
@@ -57,7 +72,10 @@ class ConsistencyMethod(Method):
         terms, counts = LossTerms(), {}
         for name, views in logits.items():
             self.add_supervised(terms, name, views["x"], batch.y)
-            confidence, label = softmax_confidence(views["w"], size=batch.w.shape[-2:])
+            weak = views["w"]
+            if name in self.alignment:
+                weak = self.alignment[name](weak, batch.y, batch.ignore)
+            confidence, label = softmax_confidence(weak, size=batch.w.shape[-2:])
             for view in self.strong:
                 total, valid, _ = masked_cross_entropy_terms(
                     views[view],

@@ -35,6 +35,8 @@ def plain_co2s_losses(
         total_steps: steps in the whole run.
     """
     config = method.config
+    if config.distribution_alignment:
+        raise ValueError("the plain step has no distribution alignment: set it to 0")
     size = batch.w.shape[-2:]
     valid = torch.ones_like(batch.w[:, 0], dtype=torch.bool)
     if batch.ignore is not None:

@@ -46,7 +46,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
 def test_two_processes_have_the_gradients_of_one(run_content, tmp_path) -> None:
     content = run_content()
     # so low that untrained students have pseudo-labels, and in different numbers per rank
-    content["method"]["threshold"] = 0.36
+    content["method"] |= {"threshold": 0.36, "distribution_alignment": 1.0}
     config = write_config(tmp_path / "config.yaml", content)
     found = {}
     for processes in (1, 2):

@@ -87,11 +87,15 @@ def test_the_same_seed_gives_the_same_numbers(run_content, tmp_path) -> None:
     assert numbers(one) != numbers(third)
 
 
-@pytest.mark.parametrize("stop_at", [3, 5])
-def test_stopping_and_resuming_changes_nothing(run_content, tmp_path, monkeypatch, stop_at) -> None:
+@pytest.mark.parametrize(("stop_at", "alignment"), [(3, 0.0), (5, 1.0)])
+def test_stopping_and_resuming_changes_nothing(
+    run_content, tmp_path, monkeypatch, stop_at, alignment
+) -> None:
     """SIGTERM between two log records (3 and 5 are odd), then --resume."""
-    whole = start(run_content())
-    broken = {**run_content(), "out": str(tmp_path / "broken")}
+    content = run_content()
+    content["method"]["distribution_alignment"] = alignment
+    whole = start(content)
+    broken = {**content, "out": str(tmp_path / "broken")}
     make_step = Trainer._make_step
 
     def stop_then(self, batch) -> None:
