@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from co2s_fast.data.damage import Damaged
+
 
 @dataclass
 class Batch:
@@ -27,6 +29,7 @@ class Batch:
         truth: labels of the unlabelled crops, uint8 [B, H, W], 255 where there is none.
         labeled_files: names of the labelled images.
         unlabeled_files: names of the unlabelled images.
+        damaged: images that should have been here and could not be read; others are in their place.
     """
 
     x: Tensor
@@ -41,6 +44,7 @@ class Batch:
     truth: Tensor | None = None
     labeled_files: list[str] = field(default_factory=list)
     unlabeled_files: list[str] = field(default_factory=list)
+    damaged: list[Damaged] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device."""

@@ -31,6 +31,8 @@ class DataConfig(BaseModel):
             batch; None: where that is a GPU.
         truth: read the labels of unlabelled images where there are any, to measure pseudo-labels.
         missing_classes: what to do about a class that no labelled image shows.
+        max_damaged: training images that may turn out damaged before the run ends; until then each
+            is named in the log and another takes its place (see `damage`).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,6 +53,7 @@ class DataConfig(BaseModel):
     strong_on_device: bool | None = None
     truth: bool = True
     missing_classes: Literal["error", "warn"] = "error"
+    max_damaged: int = Field(default=10, ge=0)
 
     @field_validator("ratio")
     @classmethod

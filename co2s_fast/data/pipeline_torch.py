@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from co2s_fast.data.batch import Batch
 from co2s_fast.data.catalogue import IGNORE
+from co2s_fast.data.damage import Damaged, read_place
 from co2s_fast.data.draws import LABELED, UNLABELED, Geometry
 from co2s_fast.data.files import Item, load_rgb
 from co2s_fast.data.plan import STRONG, Plan
@@ -51,11 +53,21 @@ class StepDataset(Dataset):
             return _Failure(str(error))
 
     def load(self, step: int) -> Batch:
-        """The share of the batch of that step."""
-        labeled = [self._labeled(step, *place) for place in self.plan.labeled(step)]
-        batch = Batch(**_stack(labeled))
-        unlabeled = [self._unlabeled(step, *place) for place in self.plan.unlabeled(step)]
-        return replace(batch, **_stack(unlabeled)) if unlabeled else batch
+        """The share of the batch of that step; other images take the place of damaged ones."""
+        damaged: list[Damaged] = []
+        stacked: dict[str, Tensor | list[str]] = {}
+        for stream, places, read in (
+            (LABELED, self.plan.labeled(step), self._labeled),
+            (UNLABELED, self.plan.unlabeled(step), self._unlabeled),
+        ):
+            samples = []
+            for position, _ in places:
+                reading = read_place(self.plan, stream, step, position,
+                                     partial(read, step, position))
+                samples.append(reading.content)
+                damaged += reading.damaged
+            stacked |= _stack(samples)
+        return Batch(**stacked, damaged=damaged)
 
     def _labeled(self, step: int, position: int, item: Item) -> dict[str, NDArray | str]:
         plan, image = self.plan, load_rgb(item.image)
@@ -97,7 +109,7 @@ def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
 
 def _stack(samples: list[dict[str, NDArray | str]]) -> dict[str, Tensor | list[str]]:
     stacked: dict[str, Tensor | list[str]] = {}
-    for key, first in samples[0].items():
+    for key, first in samples[0].items() if samples else ():
         values = [sample[key] for sample in samples]
         stacked[key] = values if isinstance(first, str) else torch.from_numpy(np.stack(values))
     return stacked

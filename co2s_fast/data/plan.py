@@ -6,7 +6,8 @@ ranks together see what one process sees.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +79,7 @@ class Plan:
         size = config.batch_size
         self.spec, self.split, self.views, self.seed = spec, split, frozenset(views), seed
         self.batch_size, self.recipe = size, recipe(config, spec)
+        self.max_damaged = config.max_damaged
         self.antialias = self.recipe.scale == "native"
         self.positions = range(rank * size // world, (rank + 1) * size // world)
         self.truth = config.truth and any(item.label for item in split.unlabeled)
@@ -100,6 +102,22 @@ class Plan:
         start = step * self.batch_size
         return [(p, self.split.unlabeled[self._unlabeled[start + p]])
                 for p in self.positions if self.has_unlabeled]
+
+    def count(self, stream: int) -> int:
+        """Images there are of a stream, LABELED or UNLABELED."""
+        return len(self.split.labeled if stream == LABELED else self.split.unlabeled)
+
+    def candidates(self, stream: int, step: int, position: int) -> Iterator[Item]:
+        """The image of a place, then without end those that take its place where it is damaged.
+
+        They are what the following batches have at that position: never twice the same one within
+        a batch, unless a pass ends there.
+        """
+        items, order = self.split.labeled, self._labeled
+        if stream == UNLABELED:
+            items, order = self.split.unlabeled, self._unlabeled
+        for later in itertools.count(step):
+            yield items[order[later * self.batch_size + position]]
 
     def draw(self, step: int, position: int, stream: int, height: int, width: int) -> D.Draws:
         """All choices for the image at a position: LABELED its crop, UNLABELED views and boxes."""

@@ -12,15 +12,25 @@ from torch.utils.data import DataLoader, Dataset
 
 from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.config import DataConfig
+from co2s_fast.data.damage import Damaged
 from co2s_fast.data.files import Item, load_label, load_rgb
 from co2s_fast.errors import DataError
 
 
 class ValDataset(Dataset):
-    """Yields (image uint8 [C, H, W], label uint8 [H', W'] or None, name), item by item."""
+    """Yields (image uint8 [C, H, W], label uint8 [H', W'] or None, name), item by item.
+
+    Args:
+        items: in their order.
+        spec: the dataset.
+        config: scale and workers.
+        skipped: where damaged images are noted, which then come empty and without a label; None:
+            they are errors.
+    """
 
     def __init__(self, items: Sequence[Item], spec: DatasetSpec,
-                 config: DataConfig | None = None) -> None:
+                 config: DataConfig | None = None, skipped: list[Damaged] | None = None) -> None:
+        self.skipped = skipped
         self.items, self.spec = list(items), spec
         self.scale = (config.scale if config else None) or spec.scale
         self.workers = config.workers if config else 0
@@ -30,6 +40,15 @@ class ValDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None, str]:
         item = self.items[index]
+        try:
+            return self._read(item)
+        except DataError as error:
+            if self.skipped is None:
+                raise
+            self.skipped.append(Damaged.of(item, error))
+            return torch.empty(0, 0, 0, dtype=torch.uint8), None, item.name
+
+    def _read(self, item: Item) -> tuple[Tensor, Tensor | None, str]:
         image = load_rgb(item.image)
         label = None
         if item.label is not None:
@@ -72,7 +91,7 @@ def resize_plain(image: Image.Image, size: tuple[int, int]) -> Image.Image:
                            Image.Resampling.BILINEAR)
 
 
-def val_dataset(items: Sequence[Item], spec: DatasetSpec,
-                config: DataConfig | None = None) -> ValDataset:
+def val_dataset(items: Sequence[Item], spec: DatasetSpec, config: DataConfig | None = None,
+                skipped: list[Damaged] | None = None) -> ValDataset:
     """Validation items, in order. Iterate it, index it, or ask it for a `.loader()`."""
-    return ValDataset(items, spec, config)
+    return ValDataset(items, spec, config, skipped)

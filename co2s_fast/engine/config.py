@@ -288,8 +288,9 @@ def dump_config(config: RunConfig) -> str:
 
 
 # What may differ between a run and its continuation: none of it changes what is computed.
-RESUMABLE = {"out", "data.root", "data.workers", "train.device", "train.tensorboard",
-             "train.log_every", "train.save_every", "train.debug_steps"}  # fmt: skip
+RESUMABLE = {"out", "data.root", "data.workers", "data.max_damaged", "train.device",
+             "train.tensorboard", "train.log_every", "train.save_every",
+             "train.debug_steps"}  # fmt: skip
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:

@@ -14,6 +14,9 @@ from tqdm import tqdm
 
 from co2s_fast.errors import DataError
 
+CURVES = {"train", "eval"}
+"""Kinds of records whose numbers are curves; the others tell what happened once."""
+
 
 def say(text: str) -> None:
     """Print one line to stderr without tearing a progress bar."""
@@ -60,7 +63,7 @@ class RunLog:
         """Append one record, with "kind" and, except at the start, "step"."""
         self._file.write(json.dumps(finite_or_null(record), allow_nan=False) + "\n")
         self._file.flush()
-        if self._board is not None and "step" in record:
+        if self._board is not None and record.get("kind") in CURVES:
             for name, value in scalars(record):
                 self._board.add_scalar(name, value, record["step"])
 

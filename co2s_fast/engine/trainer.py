@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from co2s_fast import ops
 from co2s_fast.data import Batch, load_dataset, open_split, steps_per_epoch
+from co2s_fast.data.damage import Damaged
 from co2s_fast.data.files import write_text
 from co2s_fast.data.loader import build_loader, choose_loader
 from co2s_fast.data.validation import val_dataset
@@ -27,6 +28,7 @@ from co2s_fast.engine.config import (
     dump_config,
     read_run_config,
 )
+from co2s_fast.engine.damage import DamageTally
 from co2s_fast.engine.evaluation import evaluate, pseudo_label_quality
 from co2s_fast.engine.interrupt import Interrupted, StopSignal, deaf_children
 from co2s_fast.engine.log import RunLog, say
@@ -86,6 +88,7 @@ class Trainer:
         self.step = 0  # updates made so far
         self.best: dict[str, Any] = {"score": None, "step": None}
         self.meter = Meter()
+        self.damage = DamageTally(config.data.max_damaged)
         self.stop = StopSignal()
         self.log: RunLog | None = None
         self.progress = progress
@@ -138,7 +141,9 @@ class Trainer:
         self.eval_every = train.eval_every or self.steps_per_epoch
         self.val = val_dataset(self.split.val, self.spec, data)
         known = [item for item in self.split.unlabeled if item.label is not None]
-        self.probe = val_dataset(known, self.spec, data) if train.probe_images else []
+        self.probe_damage: list[Damaged] = []
+        self.probe = (val_dataset(known, self.spec, data, self.probe_damage)
+                      if train.probe_images else [])
 
     def _setup_students(self) -> None:
         config, train = self.config, self.config.train
@@ -234,6 +239,7 @@ class Trainer:
         checkpoint.unpack_optimizer(self.optimizer, tensors, state["optimizer"])
         checkpoint.unpack_rng(checkpoint.read_arrays(folder, state, "rng"), state["rng"])
         self.step, self.best = state["step"], state["best"]
+        self.damage.restore(state.get("damaged", {}))
         # The saved sums are over all ranks: one of them takes them up again.
         sums = state["window"]["sums"] if self.ranks.is_main else {}
         self.meter.restore(state["window"]["steps"], sums)
@@ -253,6 +259,7 @@ class Trainer:
                 batch = next(batches)
                 self.waited_s += time.perf_counter() - waiting
                 self._make_step(batch)
+                self.damage.meet(self.step, batch.damaged)
                 bar.update()
                 self._after_step(bar)
                 if distributed.any_rank(self.stop.received is not None):
@@ -293,15 +300,27 @@ class Trainer:
 
     def _after_step(self, bar: tqdm) -> None:
         """Log, evaluate and save where it is time for them."""
-        last = self.step == self.total_steps
-        if self.step % self.config.train.log_every == 0 or last:
+        train, last = self.config.train, self.step == self.total_steps
+        logs = self.step % train.log_every == 0 or last
+        evaluates = self.step % self.eval_every == 0 or last
+        saves = evaluates or (train.save_every is not None and self.step % train.save_every == 0)
+        if logs or saves or (self.ranks.world == 1 and self.damage.pending):
+            self._settle_damage()
+        if logs:
             self._log_step(bar)
-        evaluated = self.step % self.eval_every == 0 or last
-        if evaluated:
+        if evaluates:
             self._evaluate(bar)
-        every = self.config.train.save_every
-        if evaluated or (every is not None and self.step % every == 0):
+        if saves:
             self._save_last()
+
+    def _settle_damage(self) -> None:
+        """Name the damaged files met since the last call; above the limit the run ends here."""
+        for record in self.damage.settle():
+            if self.log is not None:
+                self.log.write(record)
+                say("damaged file {count} (of {limit} allowed), skipped from step {step} on: "
+                    "{reason}".format(**record))
+        self.damage.check()
 
     def _log_step(self, bar: tqdm) -> None:
         if self.meter.steps == 0:
@@ -320,6 +339,7 @@ class Trainer:
         record |= {f"lr/{g['name']}": g["initial_lr"] * factor for g in self.optimizer.param_groups}
         record["images_per_s"] = images * steps / seconds
         record["data_wait_s"] = self.waited_s
+        record["damaged_files"] = len(self.damage.known)
         if self.log is not None:
             self.log.write(record)
         total = sum(value for key, value in sums.items() if key.endswith("/total")) / steps
@@ -340,6 +360,9 @@ class Trainer:
                 self.students, self.probe, self.spec, config, self.device, threshold=threshold,
                 limit=self.config.train.probe_images, progress=False, **place,
             )  # fmt: skip
+            self.damage.meet(self.step, self.probe_damage)
+            self.probe_damage.clear()
+            self._settle_damage()
         self.method.train()
         self.window_start += time.perf_counter() - began  # images/s is of training alone
         mious = {name: metrics.miou for name, metrics in scores.items()}
@@ -363,7 +386,8 @@ class Trainer:
             arrays["method"] = own
         window = {"steps": self.meter.steps, "sums": self.meter.fetch()}
         self._write("last", arrays, {"optimizer": structure, "rng": random_rest,
-                                     "best": self.best, "window": window})  # fmt: skip
+                                     "best": self.best, "window": window,
+                                     "damaged": self.damage.known})  # fmt: skip
 
     def _write(self, which: str, arrays: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
         """Write a checkpoint, once it is known that nothing in it is NaN."""
@@ -388,6 +412,7 @@ class Trainer:
 
     def _save_and_stop(self) -> None:
         """Save what there is and leave."""
+        self._settle_damage()
         self._save_last()
         number = self.stop.received or 15  # another rank's signal is the launcher's SIGTERM
         if self.ranks.is_main:

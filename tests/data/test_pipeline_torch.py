@@ -159,7 +159,7 @@ def test_a_file_damaged_meanwhile_is_named_in_one_line(tmp_path, workers):
     root, spec = tmp_path / "toy", two_classes(val=["a/5"], tile={})
     prepare_dataset(spec, raw, root, progress=False)
     split_dataset(root, spec, labels=2, progress=False)
-    config = DataConfig(root=root, labels=2, batch_size=1, workers=workers)
+    config = DataConfig(root=root, labels=2, batch_size=1, workers=workers, max_damaged=0)
     split = open_split(config, spec)
     truncate(split.unlabeled[1].image)
     loader = build_loader(config, spec, split, views=ALL, seed=0, start_step=0, total_steps=9)
