@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from nvidia.dali.pipeline import Pipeline
@@ -23,8 +26,8 @@ from co2s_fast.data.dali.graph import (
     graph_outputs,
 )
 from co2s_fast.data.dali.source import Arrays, step_arrays
+from co2s_fast.data.damage import Reading, read_place
 from co2s_fast.data.draws import LABELED, UNLABELED
-from co2s_fast.data.files import Item
 from co2s_fast.data.plan import Plan
 from co2s_fast.errors import DataError
 
@@ -34,7 +37,7 @@ class DaliLoader:
 
     Args:
         plan: what is in them.
-        steps: which.
+        steps: which, one after the other.
         threads: threads of DALI, and as many that read files and labels; 0 counts as 1.
         gpu: number of the GPU that decodes and augments; None: all on the CPU.
     """
@@ -46,25 +49,41 @@ class DaliLoader:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        names = graph_outputs(self.plan)
+        """One batch after the other.
+
+        A file that fails inside DALI takes the graph with it. The graph is then built again, and
+        the file is left to Pillow, which reads it or says that it is damaged: what happens to such
+        a file, and which batches come, does not depend on the pipeline.
+        """
+        left_to_pillow: set[Path] = set()
+        taken = 0
         with ThreadPoolExecutor(self.threads, "co2s-read") as pool:
-            feed = _Feed(self.plan, self.steps, pool)
-            pipeline = build_pipeline(self.plan, feed, threads=self.threads, gpu=self.gpu)
+            while taken < len(self.steps):
+                feed = _Feed(self.plan, self.steps[taken:], pool, frozenset(left_to_pillow))
+                try:
+                    for batch in self._batches(feed):
+                        yield batch
+                        taken += 1
+                except RuntimeError:
+                    refused = {path for path in feed.images_in_dali() if not can_decode(path)}
+                    if refused <= left_to_pillow:
+                        raise
+                    left_to_pillow |= refused
+                finally:
+                    feed.cancel()
+
+    def _batches(self, feed: _Feed) -> Iterator[Batch]:
+        pipeline = build_pipeline(self.plan, feed, threads=self.threads, gpu=self.gpu)
+        pipeline.build()
+        names = graph_outputs(self.plan)
+        while True:
             try:
-                pipeline.build()
-                for _ in self.steps:
-                    try:
-                        tensors = self._run(pipeline)
-                    except StopIteration:
-                        break
-                    except RuntimeError as error:
-                        raise feed.blame(error) from error
-                    files = feed.taken()
-                    yield Batch(**dict(zip(names, tensors, strict=True)), **files)
-                if feed.failure is not None:
-                    raise feed.failure
-            finally:
-                feed.cancel()
+                tensors = self._run(pipeline)
+            except StopIteration:
+                break
+            yield Batch(**dict(zip(names, tensors, strict=True)), **feed.about_the_oldest())
+        if feed.failure is not None:
+            raise feed.failure
 
     def _run(self, pipeline: Pipeline) -> list[Tensor]:
         stream = None if self.gpu is None else torch.cuda.current_stream(self.gpu)
@@ -82,13 +101,14 @@ class _Feed:
 
     AHEAD = QUEUE + 1
 
-    def __init__(self, plan: Plan, steps: range, pool: ThreadPoolExecutor) -> None:
-        self.plan, self.pool = plan, pool
+    def __init__(self, plan: Plan, steps: range, pool: ThreadPoolExecutor,
+                 left_to_pillow: frozenset[Path]) -> None:
+        self.plan, self.pool, self.left_to_pillow = plan, pool, left_to_pillow
         self.names = graph_inputs(plan)
         self.failure: DataError | None = None
         self._left = iter(steps)
-        self._reading: deque[tuple[_Items, list[Future[Arrays]]]] = deque()
-        self._in_dali: deque[tuple[_Items, dict[str, list]]] = deque()
+        self._reading: deque[list[Future[Reading[Arrays]]]] = deque()
+        self._in_dali: deque[list[Reading[Arrays]]] = deque()
         for _ in range(self.AHEAD):
             self._begin()
 
@@ -97,61 +117,46 @@ class _Feed:
         step = next(self._left, None)
         if step is None:
             return
-        items = _Items(self.plan, step)
-        futures = [self.pool.submit(step_arrays, self.plan, stream, step, position, item)
-                   for stream, position, item in items.places]
-        self._reading.append((items, futures))
+        places = [*((LABELED, position) for position, _ in self.plan.labeled(step)),
+                  *((UNLABELED, position) for position, _ in self.plan.unlabeled(step))]
+        self._reading.append([self.pool.submit(self._read, stream, step, position)
+                              for stream, position in places])
+
+    def _read(self, stream: int, step: int, position: int) -> Reading[Arrays]:
+        read = partial(step_arrays, self.plan, stream, step, position, self.left_to_pillow)
+        return read_place(self.plan, stream, step, position, read)
 
     def __call__(self) -> tuple[list, ...]:
         if not self._reading:
             raise StopIteration
-        items, futures = self._reading.popleft()
+        futures = self._reading.popleft()
         try:
-            samples = [future.result() for future in futures]
+            readings = [future.result() for future in futures]
         except DataError as error:  # told when the batches before it have been taken
             self.failure = error
             self.cancel()
             raise StopIteration from None
         self._begin()
-        arrays = {name: [sample[name] for sample in samples if name in sample]
-                  for name in self.names}
-        self._in_dali.append((items, arrays))
-        return tuple(arrays[name] for name in self.names)
+        self._in_dali.append(readings)
+        samples = [reading.content for reading in readings]
+        return tuple([sample[name] for sample in samples if name in sample] for name in self.names)
 
-    def taken(self) -> dict[str, list[str]]:
-        """The names of the files of the oldest step in DALI, which is done."""
-        return self._in_dali.popleft()[0].names()
+    def about_the_oldest(self) -> dict[str, list[Any]]:
+        """Names and damage of the oldest step in DALI, which is done: fields of `Batch`."""
+        readings = self._in_dali.popleft()
+        labeled = len(self.plan.positions)
+        return {"labeled_files": [reading.item.name for reading in readings[:labeled]],
+                "unlabeled_files": [reading.item.name for reading in readings[labeled:]],
+                "damaged": [damaged for reading in readings for damaged in reading.damaged]}
 
-    def blame(self, error: RuntimeError) -> Exception:
-        """What to raise for an error of DALI: the file that it refuses, if one is to blame."""
-        for items, _ in self._in_dali:
-            for _, _, item in items.places:
-                if not can_decode(item.image):
-                    return DataError(f"{item.image}: damaged, or not an image that DALI decodes "
-                                     "(then --loader torch may)")
-        return error
+    def images_in_dali(self) -> set[Path]:
+        """Image files of the steps that DALI has not finished."""
+        return {reading.item.image for readings in self._in_dali for reading in readings}
 
     def cancel(self) -> None:
         """Read nothing more."""
         self._left = iter(())
-        for _, futures in self._reading:
+        for futures in self._reading:
             for future in futures:
                 future.cancel()
         self._reading.clear()
-
-
-class _Items:
-    """The images of a step, labelled ones first, as (stream, position, item)."""
-
-    def __init__(self, plan: Plan, step: int) -> None:
-        self.places = [
-            *((LABELED, *place) for place in plan.labeled(step)),
-            *((UNLABELED, *place) for place in plan.unlabeled(step)),
-        ]
-
-    def names(self) -> dict[str, list[str]]:
-        by_stream: dict[int, list[Item]] = {LABELED: [], UNLABELED: []}
-        for stream, _, item in self.places:
-            by_stream[stream].append(item)
-        return {"labeled_files": [item.name for item in by_stream[LABELED]],
-                "unlabeled_files": [item.name for item in by_stream[UNLABELED]]}

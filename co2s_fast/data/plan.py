@@ -50,15 +50,16 @@ class Order:
 
     def __init__(self, count: int, used: int, seed: int, stream: int) -> None:
         self.count, self.used, self.seed, self.stream = count, used, seed, stream
-        self._pass, self._order = -1, np.empty(0, np.int64)
+        self._latest = -1, np.empty(0, np.int64)
 
     def __getitem__(self, position: int) -> int:
         number, offset = divmod(position, self.used)
-        if number != self._pass:
+        latest, order = self._latest  # one assignment: threads may be in different passes
+        if number != latest:
             entropy = np.random.SeedSequence((self.seed, number, self.stream, 0xE90C4))
             order = np.random.Generator(np.random.Philox(entropy)).permutation(self.count)
-            self._pass, self._order = number, order
-        return int(self._order[offset])
+            self._latest = number, order
+        return int(order[offset])
 
 
 class Plan:

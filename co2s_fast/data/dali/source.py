@@ -33,13 +33,22 @@ _PNG_END = b"IEND\xaeB`\x82"
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 
 
-def step_arrays(plan: Plan, stream: int, step: int, position: int, item: Item) -> Arrays:
+def step_arrays(plan: Plan, stream: int, step: int, position: int,
+                left_to_pillow: frozenset[Path], item: Item) -> Arrays:
     """Everything the graph needs for one image, by the names of its inputs.
+
+    Args:
+        plan: of the run.
+        stream: LABELED or UNLABELED.
+        step: of the batch.
+        position: in the global batch.
+        left_to_pillow: files that DALI has failed to decode.
+        item: the image, which need not be the plan's for that place.
 
     Raises:
         DataError: a file that is missing, damaged or not what it should be.
     """
-    encoded, (height, width) = encoded_image(item.image)
+    encoded, (height, width) = encoded_image(item.image, item.image in left_to_pillow)
     drawn = plan.draw(step, position, stream, height, width)
     geometry = drawn.geometry
     prefix = "x" if stream == LABELED else "u"
@@ -121,11 +130,15 @@ def colour_arrays(colour: Colour) -> Arrays:
     }
 
 
-def encoded_image(path: Path) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+def encoded_image(path: Path, by_pillow: bool = False) -> tuple[NDArray, tuple[int, int]]:
     """An image file as bytes that DALI decodes to what `load_image` gives, and (height, width).
 
     Whole 8-bit JPEG and PNG in RGB or grey pass as they are. All else (TIFF, palettes, alpha,
     CMYK) is decoded here and passes as PNM, so both pipelines accept and refuse the same files.
+
+    Args:
+        path: of the image.
+        by_pillow: decode it here whatever it is.
 
     Raises:
         DataError: missing, damaged or not 8-bit.
@@ -135,7 +148,7 @@ def encoded_image(path: Path) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     except OSError as error:
         reason = "missing file" if isinstance(error, FileNotFoundError) else error.strerror
         raise DataError(f"{path}: {reason}") from None
-    if _is_plain(content):
+    if _is_plain(content) and not by_pillow:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 if image.mode in ("RGB", "L"):
