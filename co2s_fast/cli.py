@@ -193,14 +193,22 @@ def split(root: Path, ratio: str | None, labels: int | None, seed: int) -> None:
 @data.command()
 @click.argument("root", type=PATH)
 @click.option("--split", type=PATH, help="Also check the lists in this folder.")
-@click.option("--json", "json_path", type=PATH, help="Also write the findings to this file.")
+@click.option("--deep", is_flag=True,
+              help="Decode every file and look for pictures in both training and validation.")
+@click.option("--json", "json_path", is_flag=False, flag_value="-", metavar="[FILE]",
+              help="Write the findings to FILE as JSON; without FILE, print JSON instead of the "
+              "table. --deep writes ROOT/check.json unless told otherwise.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes. Default: one a core.")
 @one_line_errors
-def check(root: Path, split: Path | None, json_path: Path | None) -> None:
+def check(root: Path, split: Path | None, deep: bool, json_path: str | None,
+          workers: int | None) -> None:
     """Look at every image and mask: sizes, pixels per class, problems. Exits with 1 on problems."""
     from co2s_fast.data import check_dataset
 
-    found = check_dataset(root, split=split, json_path=json_path)
-    click.echo(found)
+    path = root / "check.json" if deep and json_path is None else json_path
+    found = check_dataset(root, split=split, level="deep" if deep else "quick", workers=workers,
+                          json_path=None if path in (None, "-") else Path(path))
+    click.echo(found.to_json() if path == "-" else found)
     if found.problems:
         sys.exit(DataError.exit_code)
 

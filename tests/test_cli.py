@@ -157,6 +157,22 @@ def test_data_errors(prepared: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_a_deep_check_writes_a_report(prepared: Path, tmp_path: Path) -> None:
+    result = call("data", "check", prepared, "--deep", "--workers", 1)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "grass" in result.output and "deep check" in result.output
+    assert json.loads((prepared / "check.json").read_text())["problems"] == []
+    (prepared / "images" / "t3.png").write_bytes(b"not an image")
+    for more in ([], ["--json", tmp_path / "found.json"]):
+        result = call("data", "check", prepared, "--deep", "--workers", 1, *more)
+        assert result.exit_code == 1
+        assert "t3.png" in result.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [each["kind"] for each in found["findings"]] == ["unreadable"]
+    result = call("data", "check", prepared, "--json")
+    assert result.exit_code == 1 and json.loads(result.stdout)["level"] == "quick"
+
+
 @pytest.mark.slow
 def test_your_own_imagery(shared_dir: Path, tmp_path: Path) -> None:
     """The README's walk-through on real imagery, with two steps of training."""

@@ -1,40 +1,50 @@
 """Looking at the data before it is trained on: what is there, and what is wrong with it.
 
-Levels: "quick" reads headers, file endings and the labels that training and validation need, and
-runs at the start of every training; "full" decodes every file.
+Levels: "quick" reads headers, file endings and labels; its cheap part runs at the start of every
+training. "deep" decodes every file and looks for pictures that are in both training and validation.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
+from numpy.typing import NDArray
 
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec
 from co2s_fast.data.config import DataConfig
-from co2s_fast.data.files import Item, load_label, load_rgb, write_text
+from co2s_fast.data.files import Item, write_text
+from co2s_fast.data.integrity import Finding, Look, Seen, inspect_all
+from co2s_fast.data.leaks import duplicate_findings
 from co2s_fast.data.splits import Split, describe_root, find_root, overlaps, read_list, summary
 from co2s_fast.data.tiles import list_images, read_groups
-from co2s_fast.errors import DataError
+from co2s_fast.errors import DataError, UsageError
 
-Level = Literal["quick", "full"]
-_TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
+Level = Literal["quick", "deep"]
+FORMAT = 1
+_LOOKS = {"quick": Look(), "deep": Look(decode=True, prints=True)}
 
 
 @dataclass
 class Report:
-    """What was found. `pixels` counts per class and "ignored"; `sizes` counts "W x H".
+    """What was found, as `to_json` writes it too.
 
-    Problems make training wrong or impossible; warnings are worth knowing.
+    Args:
+        dataset: its name.
+        root: the folder that was looked at.
+        level: how closely.
+        images: number of images.
+        labels: number of images with a label.
+        sizes: images of each size, "W x H".
+        pixels: labelled pixels of each class, and "ignored".
+        lists: length of each list, by "split/list".
+        labeled_pixels: the same as `pixels` over the labelled list of each split.
+        findings: everything that is wrong, `Finding` each: kind, message, files, severity.
     """
 
     dataset: str
@@ -45,15 +55,27 @@ class Report:
     sizes: dict[str, int] = field(default_factory=dict)
     pixels: dict[str, int] = field(default_factory=dict)
     lists: dict[str, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    labeled_pixels: dict[str, dict[str, int]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """What makes training wrong or impossible, one line each."""
+        return [each.message for each in self.findings if each.severity == "problem"]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is worth knowing, one line each."""
+        return [each.message for each in self.findings if each.severity == "warning"]
 
     def __str__(self) -> str:
         return "\n".join(_render(self))
 
     def to_json(self) -> str:
-        """The report as JSON."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        """The report as JSON: the fields above, "format" 1, and "problems" and "warnings"."""
+        content = {"format": FORMAT, **asdict(self), "problems": self.problems,
+                   "warnings": self.warnings}
+        return json.dumps(content, indent=1, ensure_ascii=False)
 
     def raise_problems(self) -> None:
         """Raise a DataError that names the first problems, if there are any."""
@@ -61,18 +83,9 @@ class Report:
             raise DataError(summary(self.problems))
 
 
-@dataclass
-class _Seen:
-    """One file pair as it was found."""
-
-    size: tuple[int, int] | None = None
-    counts: np.ndarray | None = None
-    problems: list[str] = field(default_factory=list)
-
-
 def check_dataset(root: Path, spec: DatasetSpec | None = None, *, split: Path | None = None,
-                  batch_size: int = 1, level: Level = "full", json_path: Path | None = None,
-                  progress: bool = True) -> Report:
+                  batch_size: int = 1, level: Level = "quick", json_path: Path | None = None,
+                  workers: int | None = None, progress: bool = True) -> Report:
     """Check a prepared folder, every split list below it, and one elsewhere.
 
     Args:
@@ -80,12 +93,14 @@ def check_dataset(root: Path, spec: DatasetSpec | None = None, *, split: Path | 
         spec: the dataset; None: what the folder itself says it is.
         split: a split folder that is checked too.
         batch_size: labelled lists shorter than this are warned about.
-        level: "quick" or "full".
+        level: "quick" or "deep".
         json_path: where the report is written as JSON too.
+        workers: processes (deep) or threads (quick); None: one a core.
         progress: show a bar where it takes long.
 
     Raises:
-        DataError: the folder is not there. Everything else is in the report.
+        DataError: the folder is not there. UsageError: `json_path` cannot be written. Everything
+            else is in the report.
     """
     root = Path(root)
     spec = spec or describe_root(root)
@@ -93,111 +108,133 @@ def check_dataset(root: Path, spec: DatasetSpec | None = None, *, split: Path | 
     items = list_images(root)
     report = Report(spec.name, str(root), level)
     if not items:
-        report.problems.append(f"{root / 'images'}: no images")
-    stems = {item.label for item in items}
-    report.problems += [f"{p}: label without an image" for p in sorted((root / "labels").glob("*"))
-                        if p not in stems and not p.name.startswith(".")]
-    counts = _inspect(items, spec, report, level, progress)
-    report.problems += [f"class {name}: no pixel in any label"
-                        for name, n in zip(spec.class_names, counts, strict=False)
-                        if report.labels and n == 0]
+        report.findings.append(Finding("list", f"{root / 'images'}: no images"))
+    known = {item.label for item in items}
+    report.findings += [
+        Finding("label-without-image", f"{p}: label without an image", (str(p),))
+        for p in sorted((root / "labels").glob("*"))
+        if p not in known and not p.name.startswith(".")]
+    found = inspect_all(items, spec, _LOOKS[level], title=f"checking {spec.name}",
+                        progress=progress, workers=workers)
+    _add(report, items, found, spec)
+    report.findings += [Finding("empty-class", f"class {name}: no pixel in any label")
+                        for name in spec.class_names if report.labels and not report.pixels[name]]
     folders = {p.parent for p in (root / "splits").glob("*/labeled.txt")}
-    for folder in sorted(folders | ({Path(split)} if split else set())):
-        _check_folder(folder, root, batch_size, report)
+    splits = [_check_folder(folder, root, batch_size, report)
+              for folder in sorted(folders | ({Path(split)} if split else set()))]
+    _count_labeled(report, splits, items, found, spec)
+    if level == "deep":
+        report.findings += duplicate_findings(items, [seen.print for seen in found], splits)
     if json_path is not None:
-        write_text(Path(json_path), report.to_json() + "\n")
+        try:
+            write_text(Path(json_path), report.to_json() + "\n")
+        except OSError as error:
+            raise UsageError(f"--json {json_path}: {error.strerror or error}") from error
     return report
 
 
-def check_split(split: Split, spec: DatasetSpec, config: DataConfig, *, level: Level = "quick",
+def check_split(split: Split, spec: DatasetSpec, config: DataConfig, *, going_on: bool = False,
                 progress: bool = True) -> Report:
-    """Check the images of one split: what `open_split` runs before any training time is spent."""
-    report = Report(spec.name, str(split.folder), level)
-    trained = _inspect(split.labeled, spec, report, level, progress)
-    missing = [f"class {name}: no pixel in any of {len(split.labeled)} labelled images; label "
-               "more, take another seed, or set data.missing_classes=warn"
-               for name, n in zip(spec.class_names, trained, strict=False) if n == 0]
-    (report.problems if config.missing_classes == "error" else report.warnings).extend(missing)
-    _inspect(split.val, spec, report, level, progress)
-    _inspect(split.unlabeled, spec, report, level, progress, labels=level != "quick")
+    """Check the images of one split: what `open_split` runs before any training time is spent.
+
+    Headers, endings and sizes of all images; the labels that training and validation need. Up to
+    `config.max_damaged` unlabelled images that cannot be read are warnings: training skips them.
+
+    Args:
+        split: gets the pixel counts of its labelled images (`Split.pixels`).
+        spec: the dataset.
+        config: of the run.
+        going_on: a run is resumed, which may have met damaged files: labelled images, too, are
+            then only warned about.
+        progress: show a bar where it takes long.
+    """
+    report = Report(spec.name, str(split.folder), "quick")
+    looks = {"labeled": Look(), "val": Look(), "unlabeled": Look(labels=False)}
+    damaged: list[Finding] = []
+    for name, look in looks.items():
+        items = getattr(split, name)
+        found = inspect_all(items, spec, look, title=f"checking {name}", progress=progress)
+        if name == "labeled":
+            split.pixels = _class_counts(found, spec)
+        if name == "unlabeled" or (going_on and name == "labeled"):
+            damaged += [_take_unreadable(seen) for seen in found if _unreadable(seen)]
+        _add(report, items, found, spec)
+    few = len(damaged) <= config.max_damaged
+    report.findings += [
+        Finding(each.kind, f"{each.message}; training will skip it", each.files, "warning")
+        if few else each for each in damaged]
+    severity = "problem" if config.missing_classes == "error" and not going_on else "warning"
+    report.findings += [
+        Finding("empty-class", f"class {name}: no pixel in any of {len(split.labeled)} labelled "
+                "images; label more, take another seed, or set data.missing_classes=warn",
+                severity=severity)
+        for name, count in zip(spec.class_names, split.pixels.sum(0), strict=True) if count == 0]
     return report
 
 
-def _inspect(items: Iterable[Item], spec: DatasetSpec, report: Report, level: Level,
-             progress: bool, labels: bool = True) -> np.ndarray:
-    """Look at every item, add what was found to the report, return pixel counts [256]."""
-    items, counts = list(items), np.zeros(256, np.int64)
-    sizes: Counter[str] = Counter(report.sizes)
-    found = _parallel(lambda item: _look(item, spec, level, labels), items,
-                      f"checking {spec.name}", progress)
+def check_val(split: Split, spec: DatasetSpec, *, progress: bool = True) -> Report:
+    """Check the validation images of a split: what evaluating a run needs."""
+    report = Report(spec.name, str(split.folder), "quick")
+    found = inspect_all(split.val, spec, Look(), title="checking val", progress=progress)
+    _add(report, split.val, found, spec)
+    return report
+
+
+def _unreadable(seen: Seen) -> bool:
+    return any(each.kind in ("missing", "unreadable") for each in seen.findings)
+
+
+def _take_unreadable(seen: Seen) -> Finding:
+    """The first finding that an image or label cannot be read; none is left in `seen`."""
+    first = next(each for each in seen.findings if each.kind in ("missing", "unreadable"))
+    seen.findings = [f for f in seen.findings if f.kind not in ("missing", "unreadable")]
+    return first
+
+
+def _add(report: Report, items: Sequence[Item], found: Sequence[Seen], spec: DatasetSpec) -> None:
+    """Add what was found in some items to the report."""
+    sizes = Counter(report.sizes)
     for item, seen in zip(items, found, strict=True):
-        report.problems += seen.problems
+        report.findings += seen.findings
         report.images += 1
         report.labels += item.label is not None
         if seen.size:
             sizes[f"{seen.size[0]} x {seen.size[1]}"] += 1
-        if seen.counts is not None:
-            counts += seen.counts
     report.sizes = dict(sizes.most_common())
-    for name, index in [*zip(spec.class_names, range(256), strict=False), ("ignored", IGNORE)]:
-        report.pixels[name] = report.pixels.get(name, 0) + int(counts[index])
+    for name, count in _named(_value_counts(found), spec).items():
+        report.pixels[name] = report.pixels.get(name, 0) + count
+
+
+def _value_counts(found: Sequence[Seen]) -> NDArray[np.int64]:
+    """Pixels of each label value over all images, [256]."""
+    return sum((seen.counts for seen in found if seen.counts is not None), np.zeros(256, np.int64))
+
+
+def _named(counts: NDArray[np.int64], spec: DatasetSpec) -> dict[str, int]:
+    names = [*zip(spec.class_names, range(spec.num_classes), strict=True), ("ignored", IGNORE)]
+    return {name: int(counts[index]) for name, index in names}
+
+
+def _class_counts(found: Sequence[Seen], spec: DatasetSpec) -> NDArray[np.int64]:
+    """Pixels of each class in each image, [images, classes]; none where a label is unreadable."""
+    counts = np.zeros((len(found), spec.num_classes), np.int64)
+    for row, seen in zip(counts, found, strict=True):
+        if seen.counts is not None:
+            row[:] = seen.counts[: spec.num_classes]
     return counts
 
 
-def _parallel(work: Callable[[Item], _Seen], items: list[Item], title: str,
-              progress: bool) -> list[_Seen]:
-    """Map over items in threads (decoding releases the interpreter lock), in order."""
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        return list(tqdm(pool.map(work, items), total=len(items), desc=title, unit="image",
-                         leave=False, disable=not progress or len(items) < 200))
+def _count_labeled(report: Report, splits: Sequence[Split], items: Sequence[Item],
+                   found: Sequence[Seen], spec: DatasetSpec) -> None:
+    by_image = {item.image: seen for item, seen in zip(items, found, strict=True)}
+    for split in splits:
+        seen = [by_image[item.image] for item in split.labeled if item.image in by_image]
+        report.labeled_pixels[split.folder.name] = _named(_value_counts(seen), spec)
 
 
-def _look(item: Item, spec: DatasetSpec, level: Level, labels: bool) -> _Seen:
-    seen = _Seen()
-    try:
-        if level == "full" or not _looks_whole(item.image):
-            seen.size = load_rgb(item.image).size
-        else:
-            seen.size = _header_size(item.image)
-    except DataError as error:
-        seen.problems.append(str(error))
-    if item.label is None:
-        return seen
-    try:
-        if labels or not _looks_whole(item.label):
-            label = load_label(item, spec)
-            seen.counts = np.bincount(label.ravel(), minlength=256)
-            size = label.shape[::-1]
-        else:
-            size = _header_size(item.label)
-        if seen.size and size != seen.size:
-            seen.problems.append(f"{item.label}: {size[0]} x {size[1]} pixels, its image "
-                                 f"{item.image} has {seen.size[0]} x {seen.size[1]}")
-    except DataError as error:
-        seen.problems.append(str(error))
-    return seen
-
-
-def _header_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.size
-
-
-def _looks_whole(path: Path) -> bool:
-    """Whether header and ending are those of a complete file. False: decode it to be sure."""
-    try:
-        with Image.open(path) as image:
-            tail = _TAILS.get(image.format or "")
-        with path.open("rb") as file:
-            file.seek(-min(64, path.stat().st_size), os.SEEK_END)
-            return tail is not None and tail in file.read()
-    except (OSError, SyntaxError, ValueError):
-        return False
-
-
-def _check_folder(folder: Path, root: Path, batch_size: int, report: Report) -> None:
-    """Add what is wrong with one split folder's lists."""
-    problems = report.problems
+def _check_folder(folder: Path, root: Path, batch_size: int, report: Report) -> Split:
+    """Read one split folder's lists and add what is wrong with them."""
+    problems: list[str] = []
     val_list = folder / "val.txt" if (folder / "val.txt").is_file() else folder.parent / "val.txt"
     unlabeled_list = folder / "unlabeled.txt"
     split = Split(
@@ -207,12 +244,16 @@ def _check_folder(folder: Path, root: Path, batch_size: int, report: Report) -> 
         read_list(val_list, root, problems, need_label=True), folder,
     )
     problems += [f"{folder}: {text}" for text in overlaps(split)]
+    report.findings += [Finding("list", text, (str(folder),)) for text in problems]
     if 0 < len(split.labeled) < batch_size:
-        report.warnings.append(f"{folder}: {len(split.labeled)} labelled images, fewer than a "
-                               f"batch of {batch_size}")
-    report.warnings += _shared_groups(split, read_groups(root), folder)
+        text = (f"{folder}: {len(split.labeled)} labelled images, fewer than a batch of "
+                f"{batch_size}")
+        report.findings.append(Finding("small-batch", text, (str(folder),), "warning"))
+    report.findings += [Finding("shared-group", text, (str(folder),), "warning")
+                        for text in _shared_groups(split, read_groups(root), folder)]
     for name in ("labeled", "unlabeled", "val"):
         report.lists[f"{folder.name}/{name}"] = len(getattr(split, name))
+    return split
 
 
 def _shared_groups(split: Split, groups: dict[str, str], folder: Path) -> list[str]:
@@ -231,12 +272,18 @@ def _render(report: Report) -> list[str]:
     lines += ["", f"{'size':<24}{'images':>12}"] + [f"{s:<24}{n:>12}" for s, n in shown[:8]]
     if len(shown) > 8:
         lines.append(f"{f'{len(shown) - 8} other sizes':<24}{sum(n for _, n in shown[8:]):>12}")
-    total = max(sum(report.pixels.values()), 1)
-    lines += ["", f"{'class':<24}{'pixels':>16}{'share':>9}"]
-    lines += [f"{name:<24}{n:>16}{n / total:>9.2%}" for name, n in report.pixels.items()]
+    lines += _pixel_table("class", report.pixels)
+    for name, pixels in report.labeled_pixels.items():
+        lines += _pixel_table(f"labelled by {name}", pixels)
     if report.lists:
         lines += ["", f"{'list':<24}{'images':>12}"]
         lines += [f"{name:<24}{n:>12}" for name, n in report.lists.items()]
     lines += [""] + [f"warning: {text}" for text in report.warnings]
     lines += [f"problem: {text}" for text in report.problems] or ["no problems"]
     return lines
+
+
+def _pixel_table(title: str, pixels: dict[str, int]) -> list[str]:
+    total = max(sum(pixels.values()), 1)
+    return ["", f"{title:<24}{'pixels':>16}{'share':>9}",
+            *(f"{name:<24}{n:>16}{n / total:>9.2%}" for name, n in pixels.items())]

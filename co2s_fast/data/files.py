@@ -28,6 +28,10 @@ Image.MAX_IMAGE_PIXELS = 1 << 31
 _COLOR_MODES = ("RGB", "P", "L", "RGBA", "1", "LA", "PA")
 
 
+class UndeclaredValueError(DataError):
+    """A label holds a value or colour that the dataset does not declare."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One image of a split.
@@ -166,7 +170,8 @@ def decode_palette_numpy(
     return np.repeat(found, np.diff(starts, append=flat.size)).reshape(packed.shape)
 
 
-def _undeclared(path: Path, raw: NDArray, where: NDArray, spec: DatasetSpec) -> DataError:
+def _undeclared(path: Path, raw: NDArray, where: NDArray, spec: DatasetSpec
+) -> UndeclaredValueError:
     values, counts = np.unique(raw[where], axis=0, return_counts=True)
     kind = "colour" if raw.ndim == 3 else "value"
     shown = ", ".join(
@@ -174,7 +179,7 @@ def _undeclared(path: Path, raw: NDArray, where: NDArray, spec: DatasetSpec) -> 
         for v, n in list(zip(values, counts, strict=True))[:5]
     )
     more = f" and {len(values) - 5} more" if len(values) > 5 else ""
-    return DataError(
+    return UndeclaredValueError(
         f"{path}: undeclared {kind} {shown}{more}; "
         f"dataset {spec.name!r} declares {spec.num_classes} classes: {declared(spec)}"
     )

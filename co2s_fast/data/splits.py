@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from co2s_fast.data.catalogue import DatasetSpec, dataset_names, load_dataset
 from co2s_fast.data.config import DataConfig, parse_ratio
@@ -12,25 +16,42 @@ from co2s_fast.data.files import DESCRIPTION, Item
 from co2s_fast.errors import DataError, UsageError
 
 SPLITS = "splits"
+Use = Literal["train", "resume", "evaluate"]
 _SHOWN = 5
 
 
 @dataclass
 class Split:
-    """The images of a run. `notes` says what was decided on the way, one line each."""
+    """The images of a run.
+
+    Args:
+        labeled: training images whose labels are used.
+        unlabeled: all other training images.
+        val: validation images.
+        folder: where the lists are.
+        notes: what was decided on the way, one line each.
+        pixels: pixels of each class in each labelled image, int64 [images, classes], once counted.
+    """
 
     labeled: list[Item]
     unlabeled: list[Item]
     val: list[Item]
     folder: Path | None = None
     notes: list[str] = field(default_factory=list)
+    pixels: NDArray[np.int64] | None = None
 
 
-def open_split(config: DataConfig, spec: DatasetSpec) -> Split:
+def open_split(config: DataConfig, spec: DatasetSpec, use: Use = "train") -> Split:
     """The labelled, unlabelled and validation images that a configuration asks for.
 
     The built-in demo dataset is generated where it is not found. A ratio or a number of labels
     that has no split folder yet gets one, made with `config.split_seed`.
+
+    Args:
+        config: of the run.
+        spec: the dataset.
+        use: "train" checks all images; "resume" forgives training images that broke meanwhile, up
+            to `config.max_damaged`; "evaluate" checks the validation images only.
 
     Raises:
         DataError: data not found (says what to fetch and which command to run), or anything wrong
@@ -48,12 +69,13 @@ def open_split(config: DataConfig, spec: DatasetSpec) -> Split:
 
         notes += split_dataset(root, spec, ratio=config.ratio, labels=config.labels,
                                seed=config.split_seed).notes
-    split = read_split(root, folder, spec)
+    split = read_split(root, folder, spec, check_files=use == "train")
     split.notes = [*notes, *split.notes]
     _check_sizes(split, config, folder)
-    from co2s_fast.data.check import check_split
+    from co2s_fast.data.check import check_split, check_val
 
-    report = check_split(split, spec, config)
+    report = (check_val(split, spec) if use == "evaluate"
+              else check_split(split, spec, config, going_on=use == "resume"))
     report.raise_problems()
     split.notes += [f"warning: {text}" for text in report.warnings]
     return split
@@ -140,11 +162,12 @@ def is_uniform(root: Path) -> bool:
     return (root / DESCRIPTION).is_file()
 
 
-def read_split(root: Path, folder: Path, spec: DatasetSpec) -> Split:
+def read_split(root: Path, folder: Path, spec: DatasetSpec, *, check_files: bool = True) -> Split:
     """Read `labeled.txt`, `unlabeled.txt` and `val.txt` and check every file they name.
 
     `val.txt` is looked for in the folder, then in its parents up to two levels. An unlabelled
-    line may name the image only; a label it names may be absent.
+    line may name the image only; a label it names may be absent. Without `check_files`, training
+    images may be absent, too.
     """
     problems: list[str] = []
     if not folder.is_dir():
@@ -152,10 +175,14 @@ def read_split(root: Path, folder: Path, spec: DatasetSpec) -> Split:
     unlabeled_list = folder / "unlabeled.txt"
     val_list = next((d / "val.txt" for d in (folder, folder.parent, folder.parent.parent)
                      if (d / "val.txt").is_file()), folder / "val.txt")
-    labeled = read_list(folder / "labeled.txt", root, problems, need_label=True)
+    labeled = read_list(folder / "labeled.txt", root, problems, need_label=True,
+                        check_files=check_files)
     unlabeled = []
     if unlabeled_list.is_file():
-        unlabeled = read_list(unlabeled_list, root, problems, need_label=False, may_be_empty=True)
+        unlabeled = read_list(unlabeled_list, root, problems, need_label=False, may_be_empty=True,
+                              check_files=check_files)
+        unlabeled = [i if i.label is None or i.label.is_file() else replace(i, label=None)
+                     for i in unlabeled]
     val = read_list(val_list, root, problems, need_label=True)
     split = Split(labeled, unlabeled, val, folder)
     problems += overlaps(split)

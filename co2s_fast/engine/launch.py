@@ -95,7 +95,7 @@ def evaluate_run(
     data = config.data if data_root is None else config.data.model_copy(update={"root": data_root})
     changes = {"student": student, "mode": mode or config.eval.mode}
     settings = config.eval.model_copy(update=changes)
-    split = open_split(data, spec)
+    split = open_split(data, spec, "evaluate")
     panels = run / PANELS_FOLDER if student == "all" else None
     items = val_dataset(split.val, spec, data)
     results = evaluate(students, items, spec, settings, device, panels=panels)
@@ -136,7 +136,7 @@ def predict_run(
     device = default_device()
     config, spec, students = load_run(run, checkpoint, device=device)
     if validation is not None:
-        split = open_split(config.data, spec)
+        split = open_split(config.data, spec, "evaluate")
         images = [str(item.image) for item in split.val[:validation]]
     elif scale is None and spec.tile.scale != 1:
         scale = spec.tile.scale

@@ -9,11 +9,9 @@ import numpy as np
 import torch
 
 from co2s_fast import ops
-from co2s_fast.data import load_label
 from co2s_fast.version import __version__
 
 if TYPE_CHECKING:
-    from co2s_fast.data import DatasetSpec, Item
     from co2s_fast.engine.trainer import Trainer
 
 
@@ -35,7 +33,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def describe(trainer: Trainer) -> dict[str, Any]:
     """The record that opens metrics.jsonl."""
     split, spec = trainer.split, trainer.spec
-    pixels = class_pixels(split.labeled, spec)
+    pixels = dict(zip(spec.class_names, split.pixels.sum(0).tolist(), strict=True))
     never = [name for name, count in pixels.items() if count == 0]
     warnings = list(trainer.warnings)
     if never:
@@ -100,11 +98,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def class_pixels(items: list[Item], spec: DatasetSpec) -> dict[str, int]:
-    """Labelled pixels of each class over all labelled images."""
-    counts = np.zeros(256, np.int64)
-    for item in items:
-        counts += np.bincount(load_label(item, spec).ravel(), minlength=256)
-    return dict(zip(spec.class_names, counts.tolist(), strict=False))

@@ -96,7 +96,7 @@ class Trainer:
     def set_up(self, *, resume: bool, dry_run: bool = False) -> None:
         """Build everything; errors in configuration and data surface here."""
         self._setup_device()
-        self._setup_data()
+        self._setup_data(resume)
         state = self._find_state(resume, dry_run)
         self._setup_students()
         self._setup_optimizer()
@@ -126,15 +126,17 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
 
-    def _setup_data(self) -> None:
+    def _setup_data(self, resume: bool) -> None:
         data = self.config.data
+        last = checkpoint_folder(self.folder, "last") / checkpoint.STATE_FILE
+        use = "resume" if resume and last.is_file() else "train"
         self.loader = choose_loader(data, self.device)
         self.spec = load_dataset(data.dataset)
         if self.ranks.is_main:  # the first process may generate data or write a split
-            self.split = open_split(data, self.spec)
+            self.split = open_split(data, self.spec, use)
         distributed.wait_for_all()
         if not self.ranks.is_main:
-            self.split = open_split(data, self.spec)
+            self.split = open_split(data, self.spec, use)
         train = self.config.train
         self.steps_per_epoch = steps_per_epoch(data, self.split)
         self.total_steps = train.steps or max(round(train.epochs * self.steps_per_epoch), 1)

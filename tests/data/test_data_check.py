@@ -79,13 +79,52 @@ def test_each_damage_is_found_by_the_check_and_before_training(tree, kind, how, 
     assert f"problem: {report.problems[0]}" in str(report)
 
 
-@pytest.mark.parametrize("how", ["truncate", "garbage", "resize"])
-def test_unlabelled_images_are_looked_at_too(tree, how):
+def unlabeled_name(root):
+    return (root / "splits/labels_2/unlabeled.txt").read_text().split()[0].split("/")[1]
+
+
+@pytest.mark.parametrize("how", ["truncate", "garbage"])
+def test_damaged_unlabelled_images_are_named_and_forgiven_up_to_the_limit(tree, how):
     root, spec, config = tree
-    name = (root / "splits/labels_2/unlabeled.txt").read_text().split()[0].split("/")[1]
+    name = unlabeled_name(root)
     damage(root, "images", name, how)
-    with pytest.raises(DataError, match=name):
+    notes = [note for note in open_split(config, spec).notes if note.startswith("warning")]
+    assert len(notes) == 1 and name in notes[0] and "training will skip it" in notes[0]
+    with pytest.raises(DataError, match=f"{name}: damaged"):
+        open_split(config.model_copy(update={"max_damaged": 0}), spec)
+
+
+def test_an_unlabelled_image_of_another_size_than_its_label(tree):
+    root, spec, config = tree
+    damage(root, "images", unlabeled_name(root), "resize")
+    with pytest.raises(DataError, match=f"its image .*{unlabeled_name(root)} has 9 x 7"):
         open_split(config, spec)
+
+
+@pytest.mark.parametrize("how", ["truncate", "remove"])
+def test_what_broke_while_a_run_stood_still(tree, how):
+    """Resuming forgives what a running training would; evaluating reads no training image."""
+    root, spec, config = tree
+    whole = open_split(config, spec)
+    for name in (labeled_name(root), unlabeled_name(root)):
+        damage(root, "images", name, how)
+    resumed = open_split(config, spec, "resume")
+    assert len([note for note in resumed.notes if "training will skip it" in note]) == 2
+    assert (resumed.labeled, resumed.unlabeled) == (whole.labeled, whole.unlabeled)
+    with pytest.raises(DataError, match=labeled_name(root)):
+        open_split(config.model_copy(update={"max_damaged": 1}), spec, "resume")
+    assert open_split(config, spec, "evaluate").notes == []
+    damage(root, "images", whole.val[0].image.name, how)
+    for use in ("resume", "evaluate"):
+        with pytest.raises(DataError, match=whole.val[0].image.name):
+            open_split(config, spec, use)
+
+
+def test_pixels_of_each_labelled_image(tree):
+    root, spec, config = tree
+    assert open_split(config, spec).pixels.tolist() == [[1024, 1024], [1024, 1024]]
+    report = check_dataset(root, spec, progress=False)
+    assert report.labeled_pixels == {"labels_2": {"land": 2048, "sea": 2048, "ignored": 0}}
 
 
 def test_a_class_never_seen(tree):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
-from test_trainer import start
+from test_trainer import assert_same_weights, numbers, start
 
 from co2s_fast.engine.config import RunConfig
+from co2s_fast.engine.interrupt import Interrupted
 from co2s_fast.engine.log import read_metrics
 from co2s_fast.engine.trainer import Trainer
 from co2s_fast.errors import DataError
@@ -78,3 +81,55 @@ def test_more_of_them_than_allowed_end_the_run(content, monkeypatch) -> None:
     folder = RunConfig.model_validate(run).folder
     kinds = [record["kind"] for record in read_metrics(folder / "metrics.jsonl")]
     assert kinds.count("damaged") == 3
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_same_run(one, other) -> None:
+    assert numbers(one) == numbers(other)
+    assert_same_weights(one, other)
+    assert numbers_of(one, "damaged") == numbers_of(other, "damaged")
+
+
+def test_resuming_over_files_that_broke_on_the_way(content, monkeypatch, tmp_path) -> None:
+    """A labelled and an unlabelled image break after step 2; SIGTERM after step 3, --resume."""
+    run = content(eval_every=6)
+    run["data"]["max_damaged"] = 2
+    files = [content.root / f"images/{number:02}.png" for number in (1, 6)]
+    whole = [file.read_bytes() for file in files]
+    one, other = ({**run, "out": str(tmp_path / name)} for name in ("one", "other"))
+    with monkeypatch.context() as patch:
+        damage_at(patch, 2, lambda: cut(content.root, 1, 6))
+        start(one)
+        for file, pixels in zip(files, whole, strict=True):
+            file.write_bytes(pixels)
+        damage_at(patch, 3, stop)
+        with pytest.raises(Interrupted):
+            start(other)
+    folder = start(other, resume=True)
+    assert_same_run(tmp_path / "one", folder)
+    assert [record["count"] for record in numbers_of(folder, "damaged")] == [1, 2]
+    assert "training will skip it" not in str(read_metrics(folder / "metrics.jsonl")[0])
+
+
+def test_files_damaged_from_the_start(content, monkeypatch, tmp_path) -> None:
+    """Unlabelled ones are said before the first step; workers and resuming change nothing."""
+    cut(content.root, 6, 9)
+    one, other = (content(eval_every=6) | {"out": str(tmp_path / name)} for name in ("a", "b"))
+    other["data"] = other["data"] | {"workers": 1}
+    start(one)
+    with monkeypatch.context() as patch:
+        damage_at(patch, 3, stop)
+        with pytest.raises(Interrupted):
+            start(other)
+    folder = start(other, resume=True)
+    assert_same_run(tmp_path / "a", folder)
+    notes = read_metrics(folder / "metrics.jsonl")[0]["notes"]
+    assert ["06.png" in note or "09.png" in note for note in notes] == [True, True]
+    assert len(numbers_of(folder, "damaged")) == 2
+
+
+def numbers_of(folder, kind):
+    return [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == kind]
