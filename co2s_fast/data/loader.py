@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from co2s_fast.data.ahead import Ahead
 from co2s_fast.data.batch import Batch
 from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.config import DataConfig
@@ -118,22 +119,30 @@ def build_loader(
     steps = range(start_step, total_steps)
     if choice.loader == "dali":
         return _dali_loader(plan, steps, config.workers, choice, torch.device(device))
+    return _torch_loader(plan, steps, config.workers, choice, torch.device(device))
+
+
+def _torch_loader(plan: Plan, steps: range, workers: int, choice: LoaderChoice,
+                  device: torch.device) -> Loader:
     from co2s_fast.data.pipeline_torch import StepDataset, TorchLoader
 
     dataset = StepDataset(plan, strong=not choice.strong_on_device)
-    loader = TorchLoader(dataset, steps, config.workers, pin_memory=torch.cuda.is_available())
-    if not choice.strong_on_device:
-        return loader
-    from co2s_fast.data.strong_on_device import StrongOnDevice
+    loader: Loader = TorchLoader(dataset, steps, workers, pin_memory=torch.cuda.is_available())
+    if workers:
+        loader = Ahead(loader)
+    if choice.strong_on_device:
+        from co2s_fast.data.strong_on_device import StrongOnDevice
 
-    return StrongOnDevice(loader, torch.device(device))
+        loader = StrongOnDevice(loader, device)
+    return loader
 
 
 def _dali_loader(plan: Plan, steps: range, threads: int, choice: LoaderChoice,
                  device: torch.device) -> Loader:
     from co2s_fast.data.pipeline_dali import DaliLoader
 
-    gpu = None
-    if choice.placement == "gpu":
-        gpu = torch.cuda.current_device() if device.index is None else device.index
+    if choice.placement == "cpu":
+        return Ahead(DaliLoader(plan, steps, threads, None), pin=torch.cuda.is_available())
+    # Not ahead: taking a batch makes the training stream wait for it.
+    gpu = torch.cuda.current_device() if device.index is None else device.index
     return DaliLoader(plan, steps, threads, gpu)

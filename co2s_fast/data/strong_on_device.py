@@ -20,7 +20,7 @@ from co2s_fast.data.draws import Colour
 from co2s_fast.data.plan import STRONG
 
 if TYPE_CHECKING:
-    from co2s_fast.data.pipeline_torch import TorchLoader
+    from co2s_fast.data.loader import Loader
 
 PARTS = 4
 NUMBERS = PARTS + 6
@@ -44,7 +44,7 @@ def unpack(row: Sequence[float]) -> Colour:
 class StrongOnDevice:
     """A loader that brings another's batches to the device and makes their strong views there."""
 
-    def __init__(self, loader: TorchLoader, device: torch.device) -> None:
+    def __init__(self, loader: Loader, device: torch.device) -> None:
         self.loader, self.device = loader, device
 
     def __len__(self) -> int:
