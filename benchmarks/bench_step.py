@@ -2,11 +2,13 @@
 
 The released form, in our words, per student: a pass without gradient over the CutMix partners'
 weak views; a pass over [labelled, weak] whose features are decoded clean and perturbed, for the
-labelled half too, although nothing uses that; a pass over the two strong views; logits brought to
-full resolution; masked losses with counts fetched to the host; an AdamW per student. On a GPU it
-runs in float32 with TF32, and once more under autocast and torch.compile.
+labelled half too, although nothing uses that; a pass over the two strong views; each pass through
+the networks as the release writes them (`released.py`); logits brought to full resolution; masked
+losses with counts fetched to the host; an AdamW per student. On a GPU it runs in float32 with
+TF32, and once more under autocast and torch.compile.
 
-Ours is `co2s_fast.methods.co2s` as the trainer runs it.
+`eager_our_networks` is the released order of passes and losses on our own decoder and backbones,
+to show how much of the ratio is theirs. Ours is `co2s_fast.methods.co2s` as the trainer runs it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import eager
+from benchmarks import eager, released
 from benchmarks.bench_cutmix import eager_mix
 from benchmarks.harness import Case, NotMeasured, Workload
 from benchmarks.inputs import BATCH, CLASSES, make_batch
@@ -75,24 +77,45 @@ def make_students(device: torch.device, tiny: bool) -> dict[str, Any]:
             raise NotMeasured(f"the students cannot be built: {error}") from error
 
 
-def eager_logits(student: Any, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Networks:
+    """How one student's networks are evaluated."""
+
+    features: Callable[[Tensor], tuple[Tensor, ...]]
+    decode: Callable[[tuple[Tensor, ...]], Tensor]
+
+
+def networks(student: Any, ours: bool, compiled: bool) -> Networks:
+    """Those of `student`: our way or the released one, compiled or not."""
+    ways = (student.features, student.decode)
+    if not ours:
+        ways = (partial(released.features, student), partial(released.decode, student))
+    return Networks(*(torch.compile(way) if compiled else way for way in ways))
+
+
+def eager_logits(
+    student: Any, evaluate: Networks, images: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Logits of one student by the released order of passes."""
     with torch.no_grad():
         student.eval()
-        other = student.decode(student.features(images["w_other"]))
+        other = evaluate.decode(evaluate.features(images["w_other"]))
         student.train()
-    clean = student.features(torch.cat([images["x"], images["w"]]))
+    clean = evaluate.features(torch.cat([images["x"], images["w"]]))
     perturbed = student.perturb(clean)
     both = tuple(torch.cat(pair) for pair in zip(clean, perturbed, strict=True))
-    x, w, _, fp = student.decode(both).chunk(4)
-    strong = student.features(torch.cat([images["s1"], images["s2"]]))
-    s1, s2 = student.decode(strong).chunk(2)
+    x, w, _, fp = evaluate.decode(both).chunk(4)
+    strong = evaluate.features(torch.cat([images["s1"], images["s2"]]))
+    s1, s2 = evaluate.decode(strong).chunk(2)
     return {"x": x, "w": w, "fp": fp, "s1": s1, "s2": s2, "w_other": other}
 
 
-def eager_step(device: torch.device, tiny: bool, crop: int, compiled: bool) -> Callable[[], Tensor]:
+def eager_step(
+    device: torch.device, tiny: bool, crop: int, *, compiled: bool = False, ours: bool = False
+) -> Callable[[], Tensor]:
     """One released training step as a function without arguments."""
     students = make_students(device, tiny)
+    ways = {name: networks(student, ours, compiled) for name, student in students.items()}
     batch = make_batch(device, crop, THRESHOLD)
     images = Images.random(crop, device).views
     losses: Callable[..., Tensor] = eager.loss_section
@@ -101,16 +124,13 @@ def eager_step(device: torch.device, tiny: bool, crop: int, compiled: bool) -> C
     ]
     if compiled:
         losses = torch.compile(losses)
-        for student in students.values():
-            student.features = torch.compile(student.features)
-            student.decode = torch.compile(student.decode)
 
     def step() -> Tensor:
         mixed = dict(images)
         for view, box in zip(("s1", "s2"), batch.box_maps, strict=True):
             mixed[view] = eager_mix(images[view].clone(), box, batch.partner)
         with torch.autocast(device.type, torch.bfloat16, enabled=compiled):
-            logits = {name: eager_logits(s, mixed) for name, s in students.items()}
+            logits = {name: eager_logits(s, ways[name], mixed) for name, s in students.items()}
             loss = losses(logits, batch, released=True, plain_indexing=not compiled)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -157,8 +177,8 @@ def our_step(device: torch.device, tiny: bool, crop: int, autocast: bool) -> Cal
 
 
 def build(provider: str, device: torch.device, tiny: bool, crop: int) -> Workload:
-    if provider == "eager":
-        step = eager_step(device, tiny, crop, compiled=False)
+    if provider in ("eager", "eager_our_networks"):
+        step = eager_step(device, tiny, crop, ours=provider == "eager_our_networks")
     elif provider == "compile_autocast":
         if device.type == "cpu":
             raise NotMeasured(GPU_ONLY)
@@ -172,7 +192,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     """Tiny students at 128² on a CPU; the paper's ViT-B/16 pair at 512² on a GPU."""
     tiny = device.type == "cpu"
     name, crop = ("tiny", 128) if tiny else ("vit_b16", 512)
-    providers = ("eager", "compile_autocast", "ours")
+    providers = ("eager", "eager_our_networks", "compile_autocast", "ours")
     if not tiny:
         providers += ("ours_float32",)
     # Dropout draws differ between the forms, so their results are not compared here; the tests of

@@ -29,6 +29,7 @@ MARKER = re.compile(
 TIMES = ("forward", "backward", "both", "step", "load")
 NAMES = {
     "eager_in_batch": "eager, partner in batch",
+    "eager_our_networks": "eager on our networks",
     "compile": "torch.compile",
     "compile_autocast": "torch.compile + autocast",
     "ours_float32": "ours, float32 with TF32",
