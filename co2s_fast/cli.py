@@ -112,9 +112,20 @@ def evaluate(run: Path, **options: Any) -> None:
               "students. Default: what the dataset's tiles were cut at.")
 @click.option("--overlay", is_flag=True, help="Also write the map blended over the image.")
 @click.option("--confidence", is_flag=True, help="Also write the largest probability, times 255.")
+@click.option("--polygons", is_flag=True, help="Also write a GeoPackage (GeoTIFFs only).")
+@click.option("--shard", metavar="I/N", help="Take the I-th of N shares of the images.")
+@click.option("--overwrite", is_flag=True, help="Do again the maps that are there already.")
 @one_line_errors
 def predict(run: Path, images: tuple[str, ...], **options: Any) -> None:
-    """Write a class map for every image: PNG for PNG and JPEG, GeoTIFF for GeoTIFF."""
+    r"""Write a class map for every image: PNG for PNG and JPEG, GeoTIFF for GeoTIFF.
+
+    A GeoTIFF of any size passes through in windows; its map is a cloud-optimised GeoTIFF over the
+    same ground. Given again after a stop, the command goes on with what is missing.
+
+    \b
+    co2s-fast predict runs/mine scene.tif -o maps --confidence --polygons
+    co2s-fast predict runs/mine 'scenes/*.tif' -o maps --shard 2/8
+    """
     from co2s_fast.engine.launch import predict_run
 
     for path in predict_run(run, images, **options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 
 from co2s_fast.data import open_split, val_dataset
+from co2s_fast.engine.checkpoint import STATE_FILE
 from co2s_fast.engine.config import CONFIG_FILE, load_config
 from co2s_fast.engine.evaluation import BOTH, evaluate, wanted_predictions, write_evaluation
 from co2s_fast.engine.log import say
 from co2s_fast.engine.metrics import format_table
-from co2s_fast.engine.runs import checkpoint_step, load_run
+from co2s_fast.engine.runs import checkpoint_folder, checkpoint_step, load_run
 from co2s_fast.errors import UsageError
 
 EVALUATION_FILE = "eval.json"
@@ -120,16 +122,21 @@ def predict_run(
     scale: float | None = None,
     overlay: bool = False,
     confidence: bool = False,
+    polygons: bool = False,
+    shard: str | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
     """`co2s-fast predict`: write a class map for every image.
 
     Images are brought to the scale of the dataset's tiles first (`tile.scale` of its description),
-    unless `scale` says otherwise; validation images are tiles already.
+    unless `scale` says otherwise; validation images are tiles already. Maps that this checkpoint
+    has made with the same settings are kept, unless `overwrite`.
 
     Raises:
         UsageError: neither images nor `validation` are given, or both.
     """
-    from co2s_fast.engine.prediction import predict
+    from co2s_fast.engine.outputs import parse_shard
+    from co2s_fast.engine.prediction import Outputs, predict
 
     if bool(images) == (validation is not None):
         raise UsageError("predict: name images, folders or globs, or give --val N; one of the two")
@@ -142,8 +149,12 @@ def predict_run(
         scale = spec.tile.scale
         say(f"images go through at {scale} of their size, as the tiles of {spec.name} were cut; "
             "--scale 1 takes them as they are")  # fmt: skip
+    state = (checkpoint_folder(run, checkpoint) / STATE_FILE).read_bytes()
+    outputs = Outputs(
+        overlay, confidence, polygons, None if shard is None else parse_shard(shard), overwrite,
+        signature=hashlib.sha256(state).hexdigest(),
+    )  # fmt: skip
     return predict(
         students, images, out, spec, config=config.eval, data=config.data, device=device,
-        student=student, scale=1.0 if scale is None else scale, overlay=overlay,
-        confidence=confidence,
+        student=student, scale=1.0 if scale is None else scale, outputs=outputs,
     )  # fmt: skip

@@ -1,11 +1,14 @@
-"""Class maps of images of any size, written beside optional confidences and overlays."""
+"""Class maps of images of any size, written beside optional confidences, overlays and polygons."""
 
 from __future__ import annotations
 
-import glob
-import tempfile
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +28,45 @@ from co2s_fast.engine.inference import (
     image_logits,
     wanted_predictions,
 )
-from co2s_fast.engine.scenes import (
-    PICTURES,
-    RASTERS,
-    Picture,
-    Scene,
-    is_raster,
-    open_scene,
-    size_of,
+from co2s_fast.engine.outputs import (
+    beside,
+    check_writable,
+    find_images,
+    is_done,
+    take_shard,
+    targets_in,
 )
+from co2s_fast.engine.polygons import require_fiona, write_polygons
+from co2s_fast.engine.scenes import Picture, Scene, is_raster, open_scene, size_of
 from co2s_fast.engine.sliding_window import Blend, Window, stream
-from co2s_fast.errors import DataError, UsageError
+from co2s_fast.errors import UsageError
 
 OVERLAY_SHARE = 0.45
+STRIP_BYTES = 128 << 20  # of one student's summed logits
+
+Part = tuple[int, int, NDArray[np.uint8], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What `predict` writes beside the class maps, and which images it takes.
+
+    Attributes:
+        overlay: `a.overlay.png`, the map's colours over the image.
+        confidence: `a.confidence.png`, the largest probability times 255.
+        polygons: `a.gpkg` for a GeoTIFF, see `write_polygons`.
+        shard: (i, n) takes the i-th of n shares of the images, for several machines.
+        overwrite: True does again what is there already.
+        signature: of the run and its weights; with the settings it tells whether a map that is
+            there is the one asked for. Empty: nothing there counts as done.
+    """
+
+    overlay: bool = False
+    confidence: bool = False
+    polygons: bool = False
+    shard: tuple[int, int] | None = None
+    overwrite: bool = False
+    signature: str = ""
 
 
 def predict(
@@ -50,37 +79,35 @@ def predict(
     config: EvalConfig | None = None,
     data: DataConfig | None = None,
     device: torch.device | str = "cpu",
-    overlay: bool = False,
-    confidence: bool = False,
+    outputs: Outputs | None = None,
     blend: Blend = "hann",
     scale: float = 1.0,
-    overwrite: bool = True,
     progress: bool = True,
 ) -> list[Path]:
     """Write one class map for every image: `a.png` for a.png or a.jpg, `b.tif` for b.tif.
 
-    A map is an indexed PNG, or a GeoTIFF with the colour table and the georeference of its image
-    and 255 where that has no data. Images larger than the crop go through in overlapping windows,
-    a row of windows at a time, so memory does not grow with a GeoTIFF's height. A map takes its
-    name only when it is complete.
+    A map is an indexed PNG, or a cloud-optimised GeoTIFF with the colour table and the georeference
+    of its image and 255 where that has no data. Images larger than the crop go through in
+    overlapping windows, a row of windows at a time and wide ones in strips, so memory grows with
+    neither height nor width of a GeoTIFF. A map takes its name only when it is complete; given
+    again, the call passes over the maps that are.
 
     Args:
         students: name -> network, uint8 [B,3,H,W] in, logits [B,K,h,w] out.
         images: files, folders (their images, not their subfolders) and glob patterns.
         out_dir: folder for the maps; made where missing.
-        spec: the dataset: `num_classes`, `palette`, `crop`.
+        spec: the dataset: `num_classes`, `class_names`, `palette`, `crop`.
         student: a student's name, or "both" for the mean of probabilities.
         config: windows and precision, see `EvalConfig`.
         data: the run's data configuration. PNG and JPEG are resized as its validation images are
             (a reference size in `scale`), and their maps brought back to their size; a GeoTIFF
-            always goes through at its own resolution.
+            goes through at its own resolution times `scale`.
         device: where the students are.
-        overlay: also write `a.overlay.png`, the map's colours over the image.
-        confidence: also write `a.confidence.png`, the largest probability times 255.
+        outputs: see `Outputs`.
         blend: weight of a pixel inside its window.
-        scale: factor on a picture's size before it goes through, as the dataset's tiles had on
-            theirs; its map keeps the picture's own size.
-        overwrite: False passes over images whose maps are there already.
+        scale: factor on an image's size before it goes through, as the dataset's tiles had on
+            theirs. The map of a picture keeps the picture's size, that of a GeoTIFF has the scaled
+            grid over the same ground.
         progress: draw a bar, in megapixels.
 
     Returns:
@@ -89,62 +116,115 @@ def predict(
     Raises:
         DataError: an image is missing, damaged or of another kind than 8-bit colour or grey.
         UsageError: two images would give the same map, a map would replace its image, the folder
-            cannot be written to, or a GeoTIFF is to be scaled.
+            cannot be written to, or polygons are asked for and cannot be had.
     """
-    config = config or EvalConfig()
+    config, outputs = config or EvalConfig(), outputs or Outputs()
     device = torch.device(device)
     one = "both" if len(students) > 1 else next(iter(students), "")
     (wanted,) = wanted_predictions(students, one if student in ("all", "both") else student)
     running = dict(students) if wanted == "both" else {wanted: students[wanted]}
     sources = find_images(images)
-    targets = _targets(sources, Path(out_dir))
-    if scale != 1 and any(map(is_raster, sources)):
-        raise UsageError(
-            f"scale {scale}: GeoTIFFs go through at their own resolution; resample them and give 1"
-        )
-    _check_writable(Path(out_dir))
-    left = [
-        pair for pair in zip(sources, targets, strict=True) if overwrite or not pair[1].exists()
-    ]
-    sizes = [size_of(source) for source, _ in left]  # finds missing files before the first map
+    targets_in(Path(out_dir), sources)  # names must be unique over all shards
+    sources = take_shard(sources, outputs.shard)
+    targets = targets_in(Path(out_dir), sources)
+    if outputs.polygons:
+        check_polygons(sources)
+    check_writable(Path(out_dir))
+    settings = [wanted, scale, blend, config.model_dump(), data and data.scale]
+    signature = outputs.signature and digest(outputs.signature, settings)
+    pairs = list(zip(sources, targets, strict=True))
+    if not outputs.overwrite:
+        pairs = [(s, t) for s, t in pairs if not is_done(files_of(t, outputs), signature)]
+    sizes = [size_of(source) for source, _ in pairs]  # finds missing files before the first map
     total = sum(height * width for height, width in sizes) / 1e6
     bar = tqdm(
         total=total,
         desc="predict",
         unit="MP",
         disable=not progress,
-        bar_format="{l_bar}{bar}| {n:.2f}/{total:.2f} MP [{elapsed}<{remaining}, {rate_noinv_fmt}]",
+        bar_format="{l_bar}{bar}| {n:.2f}/{total:.2f} MP [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+        "{postfix}",
     )
     with bar, evaluating(running, config, device):
-        for source, target in left:
+        for (source, target), (height, width) in zip(pairs, sizes, strict=True):
             bar.set_postfix_str(source.name, refresh=False)
-            with open_scene(source) as scene, ExitStack() as files:
-                write = files.enter_context(scene.create(target, 1, spec.palette))
-                extra = {
-                    kind: files.enter_context(scene.create(beside(target, kind), bands))
-                    for kind, bands, asked in (
-                        ("confidence", 1, confidence),
-                        ("overlay", 3, overlay),
-                    )
-                    if asked
-                }
-                rule = (data and data.scale) or getattr(spec, "scale", "native")
-                height, width = (max(round(scale * n), 1) for n in (scene.height, scene.width))
-                size = val_size(height, width, rule)
-                if is_raster(source) or size == (scene.height, scene.width):
-                    maps = scene_maps(running, scene, config, spec, device, blend)
-                else:
-                    maps = rescaled_maps(running, scene, size, config, spec, device)
-                for top, labels, certainty in maps:
-                    write(top, labels[None])
-                    if confidence:
-                        extra["confidence"](top, certainty[None])
-                    if overlay:
-                        window = Window(top, 0, len(labels), scene.width)
-                        mixed = blend_colors(scene.read(window), labels, spec.palette)
-                        extra["overlay"](top, mixed)
-                    bar.update(labels.size / 1e6)
+            with open_scene(source, scale) as scene:
+                maps = maps_of(running, scene, config, spec, data, device, blend, scale)
+                share = height * width / (scene.height * scene.width) / 1e6
+                for pixels in _write(scene, maps, target, spec, outputs, signature):
+                    bar.update(pixels * share)
+            if outputs.polygons:
+                bar.set_postfix_str(f"{source.name}: polygons")
+                write_polygons(target, spec.class_names)
     return targets
+
+
+def files_of(target: Path, outputs: Outputs) -> list[Path]:
+    """The rasters written for one image."""
+    kinds = [kind for kind in ("confidence", "overlay") if getattr(outputs, kind)]
+    return [target, *(beside(target, kind) for kind in kinds)]
+
+
+def check_polygons(sources: Sequence[Path]) -> None:
+    """Polygons need fiona and images that lie somewhere; a UsageError where they cannot be had."""
+    require_fiona()
+    pictures = [path for path in sources if not is_raster(path)]
+    if pictures:
+        raise UsageError(
+            f"--polygons: {pictures[0]} is no GeoTIFF, so its classes have no place on the ground"
+        )
+
+
+def digest(signature: str, settings: Any) -> str:
+    """A short name for a run's signature together with everything that changes a map."""
+    text = json.dumps([signature, settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _write(
+    scene: Scene, maps: Iterator[Part], target: Path, spec: Any, outputs: Outputs, signature: str
+) -> Iterator[int]:
+    """Write the parts of a map and what goes beside it; yields the pixels of each part.
+
+    The map itself is closed last: where it is complete, the files beside it are, too.
+    """
+    with ExitStack() as files:
+        write = files.enter_context(scene.create(target, 1, spec.palette, signature))
+        extra = {
+            kind: files.enter_context(
+                scene.create(beside(target, kind), bands, signature=signature)
+            )
+            for kind, bands in (("confidence", 1), ("overlay", 3))
+            if getattr(outputs, kind)
+        }
+        for top, left, labels, certainty in maps:
+            write(top, left, labels[None])
+            if "confidence" in extra:
+                extra["confidence"](top, left, certainty[None])
+            if "overlay" in extra:
+                pixels = scene.read(Window(top, left, *labels.shape))
+                extra["overlay"](top, left, blend_colors(pixels, labels, spec.palette))
+            yield labels.size
+
+
+def maps_of(
+    students: Mapping[str, nn.Module],
+    scene: Scene,
+    config: EvalConfig,
+    spec: Any,
+    data: DataConfig | None,
+    device: torch.device,
+    blend: Blend,
+    scale: float,
+) -> Iterator[Part]:
+    """The parts of one image's map, at its own size or rescaled as validation images are."""
+    if isinstance(scene, Picture):
+        rule = (data and data.scale) or getattr(spec, "scale", "native")
+        height, width = (max(round(scale * n), 1) for n in (scene.height, scene.width))
+        size = val_size(height, width, rule)
+        if size != (scene.height, scene.width):
+            return rescaled_maps(students, scene, size, config, spec, device)
+    return scene_maps(students, scene, config, spec, device, blend)
 
 
 def scene_maps(
@@ -154,10 +234,12 @@ def scene_maps(
     spec: Any,
     device: torch.device,
     blend: Blend = "uniform",
-) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Finished bands of a scene, top to bottom: first row, classes and confidences [rows, W].
+    strip_bytes: int = STRIP_BYTES,
+) -> Iterator[Part]:
+    """Finished parts of a scene: first row, first column, classes and confidences [rows, columns].
 
-    Classes are 255 and confidences 0 where the scene has no data.
+    Strips from left to right, each in bands from top to bottom. Classes are 255 and confidences 0
+    where the scene has no data; windows without any are not put through the students.
     """
     crop = config.crop or getattr(spec, "crop", None)
     if config.mode == "sliding" and crop is None:
@@ -168,26 +250,40 @@ def scene_maps(
     def read(window: Window) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(scene.read(window)))[None].to(device)
 
-    bands = [
-        stream(
-            student,
-            read,
-            scene.height,
-            scene.width,
-            crop=crop,
-            stride=config.stride_px(crop),
-            batch_windows=config.batch_windows,
-            blend=blend,
-        )
-        for student in students.values()
-    ]
-    for parts in zip(*bands, strict=True):
-        top = parts[0][0]
-        classes, shares = _to_bytes(fuse(logits for _, logits in parts))
-        valid = scene.valid(Window(top, 0, len(classes), scene.width))
-        if valid is not None:
-            classes[~valid], shares[~valid] = IGNORE, 0
-        yield top, classes, shares
+    @lru_cache(maxsize=4096)  # asked for by each student
+    def empty(window: Window) -> bool:
+        valid = scene.valid(window)
+        return valid is not None and not valid.any()
+
+    for columns in strips(scene.width, crop, spec.num_classes, strip_bytes):
+        bands = [
+            stream(
+                student, read, scene.height, scene.width, crop=crop, stride=config.stride_px(crop),
+                batch_windows=config.batch_windows, blend=blend, columns=columns, empty=empty,
+                classes=spec.num_classes,
+            )
+            for student in students.values()
+        ]  # fmt: skip
+        for parts in zip(*bands, strict=True):
+            top = parts[0][0]
+            classes, shares = _to_bytes(fuse(logits for _, logits in parts))
+            valid = scene.valid(Window(top, columns[0], *classes.shape))
+            if valid is not None:
+                classes[~valid], shares[~valid] = IGNORE, 0
+            yield top, columns[0], classes, shares
+
+
+def strips(
+    width: int, crop: int, classes: int, strip_bytes: int = STRIP_BYTES
+) -> list[tuple[int, int]]:
+    """Columns of a scene that go through together: a row of windows' sums take `strip_bytes`.
+
+    Windows across a border of strips go through twice, so a strip is never under eight crops.
+    """
+    widest = max(strip_bytes // (4 * classes * crop), 8 * crop)
+    count = -(-width // widest)
+    edges = [round(i * width / count) for i in range(count + 1)]
+    return list(pairwise(edges))
 
 
 def rescaled_maps(
@@ -197,12 +293,12 @@ def rescaled_maps(
     config: EvalConfig,
     spec: Any,
     device: torch.device,
-) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
+) -> Iterator[Part]:
     """`scene_maps` of a picture that goes through the students at another size, as one band."""
     crop = config.crop or getattr(spec, "crop", None)
     pixels = torch.from_numpy(np.ascontiguousarray(picture.resized(*size)))[None].to(device)
     logits = [image_logits(student, pixels, config, crop) for student in students.values()]
-    yield 0, *_to_bytes(fuse(each.at(picture.height, picture.width) for each in logits))
+    yield 0, 0, *_to_bytes(fuse(each.at(picture.height, picture.width) for each in logits))
 
 
 def _to_bytes(probabilities: torch.Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -210,40 +306,6 @@ def _to_bytes(probabilities: torch.Tensor) -> tuple[NDArray[np.uint8], NDArray[n
     certainty, labels = probabilities[0].max(0)
     shares = (certainty * 255).round()
     return labels.to(torch.uint8).cpu().numpy(), shares.to(torch.uint8).cpu().numpy()
-
-
-def find_images(images: Iterable[str | Path]) -> list[Path]:
-    """Files named by paths, folders and glob patterns, without repeats, in the given order."""
-    found: list[Path] = []
-    for entry in images:
-        path = Path(entry).expanduser()
-        if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES + RASTERS]
-            if not inside:
-                kinds = " ".join(PICTURES + RASTERS)
-                raise DataError(f"{path}: expected images ({kinds}), found none in the folder")
-            found += inside
-        elif path.exists() or not glob.has_magic(str(path)):
-            if not path.is_file():
-                raise DataError(f"{path}: missing file")
-            if path.suffix.lower() not in PICTURES + RASTERS:
-                kinds = " ".join(PICTURES + RASTERS)
-                raise DataError(f"{path}: expected an image ({kinds})")
-            found.append(path)
-        else:
-            matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-            matches = [p for p in matches if p.suffix.lower() in PICTURES + RASTERS]
-            if not matches:
-                raise DataError(f"{path}: no image matches the pattern")
-            found += matches
-    if not found:
-        raise UsageError("images: expected at least one file, folder or pattern, got none")
-    return list(dict.fromkeys(found))
-
-
-def beside(target: Path, kind: str) -> Path:
-    """`a.overlay.png` for `a.png`."""
-    return target.with_name(f"{target.stem}.{kind}{target.suffix}")
 
 
 def blend_colors(
@@ -254,25 +316,3 @@ def blend_colors(
     table[: len(palette)] = palette
     mixed = (1 - OVERLAY_SHARE) * image + OVERLAY_SHARE * table[labels].transpose(2, 0, 1)
     return np.where(labels == IGNORE, image, mixed.round().astype(np.uint8))
-
-
-def _targets(sources: list[Path], folder: Path) -> list[Path]:
-    targets: dict[Path, Path] = {}
-    for source in sources:
-        target = folder / f"{source.stem}{'.tif' if is_raster(source) else '.png'}"
-        if target in targets:
-            raise UsageError(f"{targets[target]} and {source} would both be written to {target}")
-        if target.exists() and target.samefile(source):
-            raise UsageError(f"{source}: its map would replace it; choose another output folder")
-        targets[target] = source
-    return list(targets)
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(
-            f"output folder {folder}: cannot be written to ({error.strerror})"
-        ) from None

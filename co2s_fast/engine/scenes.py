@@ -1,11 +1,13 @@
 """Images to predict on and maps to write, read and written by rectangles.
 
 PNG and JPEG are held in memory; a GeoTIFF of any size passes through window by window, and its map
-keeps its coordinate system, transform (or ground control points) and nodata.
+is a cloud-optimised GeoTIFF that keeps its coordinate system, transform (or ground control points)
+and nodata. Every map carries the signature of what made it, so that finished ones are recognised.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.files import load_rgb, open_image, replacing
@@ -26,6 +28,8 @@ from co2s_fast.errors import DataError
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 RASTERS = (".tif", ".tiff")
 BLOCK = 256
+GDAL_CACHE_MB = 256  # of raster blocks; GDAL's own default is a share of the machine's memory
+SIGNATURE = "CO2S_FAST"
 
 
 class Scene(Protocol):
@@ -42,9 +46,13 @@ class Scene(Protocol):
         """Where the window has data, bool [h, w]; None where all of it has."""
 
     def create(
-        self, path: Path, bands: int, palette: Sequence[tuple[int, int, int]] | None = None
+        self,
+        path: Path,
+        bands: int,
+        palette: Sequence[tuple[int, int, int]] | None = None,
+        signature: str = "",
     ) -> Any:
-        """A context manager whose value writes `(first row, uint8 [bands, rows, width])`."""
+        """A context manager whose value writes `(first row, first column, uint8 [bands, h, w])`."""
 
 
 def is_raster(path: Path) -> bool:
@@ -68,10 +76,16 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def open_scene(path: Path) -> Iterator[Scene]:
-    """The image, closed at the end of the block."""
+def open_scene(path: Path, scale: float = 1.0) -> Iterator[Scene]:
+    """The image, closed at the end of the block.
+
+    Args:
+        path: a picture or a GeoTIFF.
+        scale: factor on a GeoTIFF's size: it is read, and its map written, on a grid that much
+            finer or coarser over the same ground. Pictures keep their size here.
+    """
     if is_raster(path):
-        with _open_raster(path) as scene:
+        with _open_raster(path, scale) as scene:
             yield scene
     else:
         yield Picture(path)
@@ -100,76 +114,126 @@ class Picture:
 
     @contextmanager
     def create(
-        self, path: Path, bands: int, palette: Sequence[tuple[int, int, int]] | None = None
+        self,
+        path: Path,
+        bands: int,
+        palette: Sequence[tuple[int, int, int]] | None = None,
+        signature: str = "",
     ) -> Iterator[Any]:
         """See `Scene`."""
         canvas = np.zeros((self.height, self.width, bands), np.uint8)
 
-        def write(top: int, rows: NDArray[np.uint8]) -> None:
-            canvas[top : top + rows.shape[1]] = rows.transpose(1, 2, 0)
+        def write(top: int, left: int, part: NDArray[np.uint8]) -> None:
+            rows, columns = part.shape[1:]
+            canvas[top : top + rows, left : left + columns] = part.transpose(1, 2, 0)
 
         yield write
         flat = canvas[..., 0] if bands == 1 else canvas
         image = Image.fromarray(flat) if palette is None else indexed(flat, palette, (0, 0, 0))
+        info = PngImagePlugin.PngInfo()
+        info.add_text(SIGNATURE, signature)
         with replacing(path) as temporary:
-            image.save(temporary, format="PNG")
+            image.save(temporary, format="PNG", pnginfo=info)
 
 
 class Raster:
-    """An open rasterio dataset; maps become tiled, compressed GeoTIFFs on the same grid."""
+    """An open rasterio dataset; maps become cloud-optimised GeoTIFFs on the same grid."""
 
-    def __init__(self, path: Path, source: Any) -> None:
+    def __init__(self, path: Path, source: Any, scale: float = 1.0) -> None:
+        from rasterio.enums import MaskFlags, Resampling
+
         self.path, self._source = path, source
-        self.height, self.width = source.height, source.width
+        self.height = max(round(source.height * scale), 1)
+        self.width = max(round(source.width * scale), 1)
+        self._down, self._across = source.height / self.height, source.width / self.width
+        self._resampling = Resampling.average if scale < 1 else Resampling.bilinear
         kinds = set(source.dtypes[: min(source.count, 3)])
         if kinds != {"uint8"} or source.count == 2:
             found = f"{source.count} bands of {', '.join(sorted(kinds))}"
             raise DataError(f"{path}: expected 1 or at least 3 bands of uint8, found {found}")
         self._bands = [1, 2, 3] if source.count >= 3 else [1, 1, 1]
+        self._complete = all(flags == [MaskFlags.all_valid] for flags in source.mask_flag_enums)
 
     def read(self, window: Window) -> NDArray[np.uint8]:
         """See `Scene`."""
-        return self._reading(lambda: self._source.read(self._bands, window=self._box(window)))
+        box, shape = self._box(window)
+        return self._reading(
+            lambda: self._source.read(
+                self._bands,
+                window=box,
+                out_shape=(len(self._bands), *shape),
+                resampling=self._resampling,
+            )
+        )
 
     def valid(self, window: Window) -> NDArray[np.bool_] | None:
         """From the nodata value, the mask band or the alpha band."""
-        box = self._box(window)
-        found = self._reading(lambda: self._source.dataset_mask(window=box)) != 0
+        if self._complete:
+            return None
+        box, shape = self._box(window)
+        found = self._reading(lambda: self._source.dataset_mask(window=box, out_shape=shape)) != 0
         return None if found.all() else found
 
     @contextmanager
     def create(
-        self, path: Path, bands: int, palette: Sequence[tuple[int, int, int]] | None = None
+        self,
+        path: Path,
+        bands: int,
+        palette: Sequence[tuple[int, int, int]] | None = None,
+        signature: str = "",
     ) -> Iterator[Any]:
-        """See `Scene`."""
+        """See `Scene`. A COG cannot be written in pieces: a plain GeoTIFF beside it comes first."""
         import rasterio
+        import rasterio.shutil
+        from affine import Affine
         from rasterio.windows import Window as Box
 
-        source = self._source
+        source, (a, b, c, d, e, f) = self._source, self._source.transform[:6]
+        across, down = self._across, self._down
+        transform = Affine(a * across, b * down, c, d * across, e * down, f)
         profile = {
             "driver": "GTiff", "dtype": "uint8", "count": bands, "height": self.height,
-            "width": self.width, "crs": source.crs, "transform": source.transform,
+            "width": self.width, "crs": source.crs, "transform": transform,
             "tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK, "compress": "deflate",
             "BIGTIFF": "IF_SAFER", "nodata": IGNORE if palette is not None else None,
         }  # fmt: skip
-        with replacing(path) as temporary:
-            with _quiet(), rasterio.open(temporary, "w", **profile) as target:
+        optimised = {
+            "driver": "COG", "COMPRESS": "DEFLATE", "BIGTIFF": "IF_SAFER",
+            "OVERVIEW_RESAMPLING": "AVERAGE" if palette is None else "NEAREST",
+        }  # fmt: skip
+        with replacing(path) as temporary, _scratch(path) as parts:
+            with _quiet(), rasterio.open(parts, "w", **profile) as target:
                 points, points_crs = source.gcps
                 if points:
-                    target.gcps = (points, points_crs)
+                    target.gcps = ([self._moved(point) for point in points], points_crs)
                 if palette is not None:
                     target.write_colormap(1, {k: (*rgb, 255) for k, rgb in enumerate(palette)})
+                target.update_tags(**{SIGNATURE: signature})
 
-                def write(top: int, rows: NDArray[np.uint8]) -> None:
-                    target.write(rows, window=Box(0, top, self.width, rows.shape[1]))
+                def write(top: int, left: int, part: NDArray[np.uint8]) -> None:
+                    target.write(part, window=Box(left, top, part.shape[2], part.shape[1]))
 
                 yield write
+            with _quiet():
+                rasterio.shutil.copy(parts, temporary, **optimised)
 
-    def _box(self, window: Window) -> Any:
+    def _box(self, window: Window) -> tuple[Any, tuple[int, int]]:
+        """The part of the source that a window shows, and the window's shape cut at the border."""
         from rasterio.windows import Window as Box
 
         height = min(window.height, self.height - window.y)
-        return Box(window.x, window.y, min(window.width, self.width - window.x), height)
+        width = min(window.width, self.width - window.x)
+        box = Box(window.x * self._across, window.y * self._down,
+                  width * self._across, height * self._down)  # fmt: skip
+        return box, (height, width)
+
+    def _moved(self, point: Any) -> Any:
+        """A ground control point on this scene's grid."""
+        from rasterio.control import GroundControlPoint
+
+        return GroundControlPoint(
+            point.row / self._down, point.col / self._across, point.x, point.y, point.z
+        )
 
     def _reading(self, read: Any) -> Any:
         from rasterio.errors import RasterioError
@@ -182,20 +246,48 @@ class Raster:
 
 
 @contextmanager
-def _open_raster(path: Path) -> Iterator[Raster]:
+def _scratch(path: Path) -> Iterator[Path]:
+    """A hidden path beside `path` whose file is gone at the end of the block."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.parts")
+    try:
+        yield scratch
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open_raster(path: Path, scale: float = 1.0) -> Iterator[Raster]:
     import rasterio
     from rasterio.errors import RasterioError
 
     if not path.is_file():
         raise DataError(f"{path}: missing file")
+    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB):
+        try:
+            with _quiet():
+                source = rasterio.open(path)
+        except RasterioError as error:
+            reason = " ".join(str(error).split()).replace(f"'{path}' ", "")
+            raise DataError(f"{path}: damaged or not an image ({reason})") from error
+        with source:
+            yield Raster(path, source, scale)
+
+
+def read_signature(path: Path) -> str | None:
+    """The signature of a finished map; None where the file is missing, or none of ours."""
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    if not path.is_file():
+        return None
     try:
-        with _quiet():
-            source = rasterio.open(path)
-    except RasterioError as error:
-        reason = " ".join(str(error).split()).replace(f"'{path}' ", "")
-        raise DataError(f"{path}: damaged or not an image ({reason})") from error
-    with source:
-        yield Raster(path, source)
+        if is_raster(path):
+            with _quiet(), rasterio.open(path) as found:
+                return found.tags().get(SIGNATURE)
+        with Image.open(path) as image:
+            return image.info.get(SIGNATURE)
+    except (RasterioError, OSError, SyntaxError, ValueError):
+        return None
 
 
 @contextmanager

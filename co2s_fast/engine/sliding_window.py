@@ -173,42 +173,74 @@ def stream(
     average: Average = "logits",
     blend: Blend = "uniform",
     patch: int | None = None,
+    columns: tuple[int, int] | None = None,
+    empty: Callable[[Window], bool] | None = None,
+    classes: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """`sliding_window` in bands of finished rows, top to bottom, for images of any height.
 
     Only one row of windows is held at a time. `read` gives the pixels [B,C,h,w] of a window, cut
     at the border of the image.
 
+    Args:
+        network: see `sliding_window`, as for all that is not named here.
+        read: see above.
+        height: of the image.
+        width: of the image.
+        crop: side of a window, in pixels.
+        stride: distance of windows, in pixels, at most `crop`.
+        batch_windows: windows that go through the network at once.
+        border: see `window_starts`.
+        average: what is summed over the windows.
+        blend: weight of a pixel inside its window.
+        patch: the network pads to multiples of this; `network.patch_size` (or 1) when None.
+        columns: first column and end of the strip of the image that is wanted; None: all of it.
+            Strips side by side equal the whole, and memory is that of a strip.
+        empty: whether a window holds nothing of interest: it is not put through the network. A
+            pixel that only such windows cover has logits 0. Needs `classes`.
+        classes: K.
+
     Yields:
-        (first row, logits [B,K,rows,width]); the bands follow each other without gaps.
+        (first row, logits [B,K,rows,columns]); the bands follow each other without gaps.
     """
     if batch_windows < 1:
         raise ValueError(f"batch_windows: expected at least 1, got {batch_windows}")
     patch = patch or int(getattr(network, "patch_size", 1))
+    first, end = columns or (0, width)
     rows = window_rows(height, width, crop, stride, border)
     total: Tensor | None = None  # sums of the rows of pixels from `top` on
     for index, row in enumerate(rows):
+        row = [w for w in row if w.x < end and w.x + w.width > first]
         top, reach = row[0].y, min(row[0].height, height - row[0].y)
-        for window, logits in _window_logits(network, read, row, batch_windows, patch):
+        full = [w for w in row if empty is None or not empty(w)]
+        if total is None and not full:
+            assert classes is not None
+            total = torch.zeros(1, classes, reach, end - first)
+            weight = torch.zeros(1, 1, reach, end - first)
+        for window, logits in _window_logits(network, read, full, batch_windows, patch):
             value = logits.softmax(1) if average == "probability_sum" else logits
             if total is None:
-                total = value.new_zeros((*value.shape[:2], reach, width))
-                weight = value.new_zeros((1, 1, reach, width))
-            inside = (..., slice(0, reach), slice(window.x, window.x + window.width))
-            total_part = total[inside]
-            value = value[..., : total_part.shape[2], : total_part.shape[3]]
+                total = value.new_zeros((*value.shape[:2], reach, end - first))
+                weight = value.new_zeros((1, 1, reach, end - first))
+            elif total.device != value.device:  # so far nothing but empty windows
+                total, weight = total.to(value.device), weight.to(value.device)
+            begin, stop = max(window.x, first), min(window.x + window.width, end, width)
+            inside = (..., slice(0, reach), slice(begin - first, stop - first))
+            part = (..., slice(0, reach), slice(begin - window.x, stop - window.x))
             if blend == "hann":
-                ramp = _hann(window, value)
-                total_part += value * ramp
+                ramp = _hann(window, value)[part]
+                total[inside] += value[part] * ramp
                 weight[inside] += ramp
             else:
-                total_part += value
+                total[inside] += value[part]
                 weight[inside] += 1
         assert total is not None
         below = rows[index + 1][0].y if index + 1 < len(rows) else height
         done, kept = below - top, reach - (below - top)
         finished = total[:, :, :done]
-        yield top, finished if average == "probability_sum" else finished / weight[:, :, :done]
+        if average == "logits":
+            finished = finished / weight[:, :, :done].clamp_min(torch.finfo(weight.dtype).tiny)
+        yield top, finished
         if index + 1 < len(rows):
             following = min(rows[index + 1][0].height, height - below)
             total = F.pad(total[:, :, done:], (0, 0, 0, following - kept))
@@ -240,9 +272,8 @@ def _window_logits(
 def _hann(window: Window, like: Tensor) -> Tensor:
     """Separable raised cosine over a window, above zero everywhere so that borders count."""
 
-    def ramp(length: int, cut: int) -> Tensor:
+    def ramp(length: int) -> Tensor:
         position = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) / length
-        return (torch.pi * position).sin().square().clamp_min(1e-3)[:cut]
+        return (torch.pi * position).sin().square().clamp_min(1e-3)
 
-    rows, columns = ramp(window.height, like.shape[2]), ramp(window.width, like.shape[3])
-    return rows[:, None] * columns[None, :]
+    return ramp(window.height)[:, None] * ramp(window.width)[None, :]

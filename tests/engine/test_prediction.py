@@ -14,10 +14,14 @@ from torch.nn import functional as F
 
 from co2s_fast.data.config import DataConfig
 from co2s_fast.engine.inference import EvalConfig
-from co2s_fast.engine.prediction import find_images, predict
+from co2s_fast.engine.outputs import find_images, parse_shard
+from co2s_fast.engine.prediction import Outputs, predict, scene_maps, strips
+from co2s_fast.engine.scenes import open_scene
 from co2s_fast.errors import DataError, UsageError
 
-SPEC = SimpleNamespace(num_classes=3, palette=[(0, 0, 255), (128, 128, 128), (255, 0, 0)], crop=32)
+NAMES = ["water", "road", "roof"]
+PALETTE = [(0, 0, 255), (128, 128, 128), (255, 0, 0)]
+SPEC = SimpleNamespace(num_classes=3, class_names=NAMES, palette=PALETTE, crop=32)
 
 
 class Brightest(nn.Module):
@@ -51,7 +55,8 @@ def expected(pixels, student="both"):
 
 
 def run(images, out, **options):
-    options = {"progress": False, **options}
+    kinds = {k: options.pop(k) for k in Outputs.__dataclass_fields__ if k in options}
+    options = {"progress": False, "outputs": Outputs(**kinds), **options}
     return predict(STUDENTS, images, out, SPEC, **options)
 
 
@@ -245,11 +250,134 @@ def test_outputs_that_cannot_be_are_refused_before_work(tmp_path):
         run([tmp_path / "x"], tmp_path / "out", student="teacher")
 
 
-def test_finished_maps_can_be_kept(tmp_path):
+def test_finished_maps_are_kept_and_only_the_missing_ones_made(tmp_path):
+    for name in ("a.png", "b.png", "c.tif"):
+        if name.endswith("png"):
+            Image.fromarray(scene()).save(tmp_path / name)
+        else:
+            write_tif(tmp_path / name, scene(), crs="EPSG:32640", transform=from_origin(0, 9, 1, 1))
+    a, b, c = run([tmp_path], tmp_path / "out", signature="run 1")
+
+    def times():
+        return [path.stat().st_mtime_ns for path in (a, b, c)]
+
+    first = times()
+    b.write_bytes(b.read_bytes()[:40])  # not one of ours any more
+    assert run([tmp_path], tmp_path / "out", signature="run 1") == [a, b, c]
+    second = times()
+    assert [x == y for x, y in zip(first, second, strict=True)] == [True, False, True]
+    np.testing.assert_array_equal(np.asarray(Image.open(b)), expected(scene())[0])
+    for changed in ({"signature": "run 2"}, {"signature": "run 2", "student": "ssm"},
+                    {"signature": "run 2", "student": "ssm", "overwrite": True}):  # fmt: skip
+        before = times()
+        run([tmp_path], tmp_path / "out", **changed)
+        assert all(x != y for x, y in zip(before, times(), strict=True)), changed
+    # what goes beside a map is missing: both are made
+    run([tmp_path], tmp_path / "out", signature="run 2", student="ssm", confidence=True)
+    assert (tmp_path / "out/a.confidence.png").is_file()
+
+
+def test_shards_share_the_images(tmp_path):
+    for number in range(5):
+        Image.fromarray(scene(8, 8)).save(tmp_path / f"{number}.png")
+    parts = [run([tmp_path], tmp_path / "out", shard=(i, 2)) for i in (1, 2)]
+    assert [len(part) for part in parts] == [3, 2]
+    assert {p.name for part in parts for p in part} == {f"{n}.png" for n in range(5)}
+    assert parse_shard("2/8") == (2, 8)
+    for wrong in ("0/2", "3/2", "2", "a/b", "-1/2"):
+        with pytest.raises(UsageError, match=r"--shard .*expected i/n"):
+            parse_shard(wrong)
+
+
+def test_maps_are_cloud_optimised(tmp_path):
+    write_tif(tmp_path / "s.tif", scene(700, 900), crs="EPSG:32640",
+              transform=from_origin(5e5, 2e6, 0.5, 0.5))  # fmt: skip
+    (path,) = run([tmp_path / "s.tif"], tmp_path / "out")
+    with rasterio.open(path) as found:
+        assert found.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        assert found.overviews(1) == [2]
+        assert found.colormap(1)[2] == (255, 0, 0, 255)
+        np.testing.assert_array_equal(found.read(1), expected(scene(700, 900))[0])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["s.tif"]
+
+
+def test_polygons_cover_the_map(tmp_path):
+    fiona = pytest.importorskip("fiona")
+    from rasterio.features import rasterize
+
+    pixels = scene(60, 80)
+    pixels[:12, :24] = 0
+    where = from_origin(5e5, 2e6, 0.5, 0.5)
+    write_tif(tmp_path / "s.tif", pixels, crs="EPSG:32640", transform=where, nodata=0)
+    (path,) = run([tmp_path / "s.tif"], tmp_path / "out", polygons=True)
+    with rasterio.open(path) as found:
+        labels = found.read(1)
+    with fiona.open(path.with_suffix(".gpkg"), layer="classes") as layer:
+        assert layer.crs.to_epsg() == 32640
+        features = list(layer)
+    burned = rasterize([(f.geometry, f.properties["class_id"]) for f in features], labels.shape,
+                       fill=255, transform=where, dtype="uint8")  # fmt: skip
+    np.testing.assert_array_equal(burned, labels)
+    assert all(f.properties["class_name"] == NAMES[f.properties["class_id"]] for f in features)
+    assert sorted(p.suffix for p in (tmp_path / "out").iterdir()) == [".gpkg", ".tif"]
     Image.fromarray(scene()).save(tmp_path / "a.png")
-    (path,) = run([tmp_path / "a.png"], tmp_path / "out")
-    path.write_bytes(b"kept")
-    assert run([tmp_path / "a.png"], tmp_path / "out", overwrite=False) == [path]
-    assert path.read_bytes() == b"kept"
-    run([tmp_path / "a.png"], tmp_path / "out")
-    assert path.read_bytes() != b"kept"
+    with pytest.raises(UsageError, match=r"a\.png is no GeoTIFF"):
+        run([tmp_path / "a.png"], tmp_path / "other", polygons=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_strips_side_by_side_equal_the_whole(tmp_path):
+    class Neighbours(Brightest):
+        def forward(self, images):
+            return super().forward(F.avg_pool2d(images.float(), 5, 1, 2))
+
+    pixels = scene(70, 900)
+    write_tif(tmp_path / "s.tif", pixels, crs="EPSG:32640", transform=from_origin(0, 9, 1, 1))
+    students = {"clip": Neighbours(9, 8, 7)}
+    results = []
+    for budget in (1 << 30, 1):
+        labels, certainty = np.full((70, 900), 99, np.uint8), np.zeros((70, 900), np.uint8)
+        with open_scene(tmp_path / "s.tif") as opened:
+            for top, left, part, shares in scene_maps(students, opened, EvalConfig(), SPEC,
+                                                      torch.device("cpu"), "hann", budget):
+                inside = np.s_[top : top + part.shape[0], left : left + part.shape[1]]
+                assert (labels[inside] == 99).all()
+                labels[inside], certainty[inside] = part, shares
+        results.append((labels, certainty))
+    assert len(strips(900, 32, 3, 1)) == 4 and len(strips(900, 32, 3)) == 1
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert np.abs(results[0][1].astype(int) - results[1][1]).max() <= 1
+
+
+def test_windows_without_data_are_not_put_through(tmp_path):
+    seen = []
+
+    class Watching(Brightest):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    pixels = scene(128, 128) | 1
+    pixels[:64] = 0
+    write_tif(tmp_path / "s.tif", pixels, nodata=0, crs="EPSG:32640",
+              transform=from_origin(0, 9, 1, 1))  # fmt: skip
+    (path,) = predict({"clip": Watching(9, 9, 9)}, [tmp_path / "s.tif"], tmp_path / "out", SPEC,
+                      progress=False)  # fmt: skip
+    windows_below = [y for y in (0, 26, 52, 78, 96) if y + 32 > 64]
+    assert sum(seen) == 5 * len(windows_below)
+    with rasterio.open(path) as found:
+        labels = found.read(1)
+    assert (labels[:64] == 255).all() and (labels[64:] != 255).all()
+
+
+def test_a_geotiff_goes_through_at_the_scale_of_the_tiles(tmp_path):
+    pixels = scene(80, 120)
+    where = from_origin(5e5, 2e6, 0.5, 0.5)
+    write_tif(tmp_path / "s.tif", pixels, crs="EPSG:32640", transform=where)
+    (path,) = run([tmp_path / "s.tif"], tmp_path / "out", scale=0.5)
+    halved = pixels.reshape(40, 2, 60, 2, 3).mean((1, 3))
+    with rasterio.open(path) as found, rasterio.open(tmp_path / "s.tif") as source:
+        assert found.shape == (40, 60)
+        assert found.transform.a == 1.0
+        assert found.bounds == source.bounds
+        np.testing.assert_array_equal(found.read(1), expected(np.rint(halved).astype(np.uint8))[0])

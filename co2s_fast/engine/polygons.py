@@ -1,0 +1,74 @@
+"""A finished class map as polygons: a GeoPackage with one feature for each patch of a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from co2s_fast.data.catalogue import IGNORE
+from co2s_fast.data.files import replacing
+from co2s_fast.errors import UsageError
+
+SUFFIX = ".gpkg"
+_BATCH = 10_000  # features handed to the writer at once
+
+
+def require_fiona() -> None:
+    """Raise the UsageError that says what to install, before anything is predicted."""
+    try:
+        import fiona  # noqa: F401
+    except ImportError:
+        raise UsageError("--polygons: needs fiona; pip install 'co2s-fast[geo]'") from None
+
+
+def write_polygons(labels: Path, class_names: Sequence[str]) -> Path:
+    """Write `a.gpkg` beside the map `a.tif`: layer "classes", fields class_id and class_name.
+
+    GDAL's polygonizer passes over the raster by lines, so patches are whole whatever the raster's
+    size; the polygons, not the pixels, are held in memory. Pixels without a class are left out.
+
+    Args:
+        labels: a class map as `predict` writes it.
+        class_names: in label order.
+
+    Returns:
+        The GeoPackage's path.
+    """
+    import fiona
+    import rasterio
+
+    require_fiona()
+    target = labels.with_suffix(SUFFIX)
+    schema = {"geometry": "Polygon", "properties": {"class_id": "int", "class_name": "str"}}
+    with replacing(target) as temporary, rasterio.open(labels) as source:
+        # fiona tells the format of a GeoPackage by its suffix
+        scratch = temporary.with_suffix(SUFFIX)
+        options = {"driver": "GPKG", "schema": schema, "layer": "classes"}
+        if source.crs:
+            options["crs_wkt"] = source.crs.to_wkt()
+        try:
+            with fiona.open(scratch, "w", **options) as layer:
+                batch: list[dict[str, Any]] = []
+                for feature in _features(source, class_names):
+                    batch.append(feature)
+                    if len(batch) == _BATCH:
+                        layer.writerecords(batch)
+                        batch = []
+                layer.writerecords(batch)
+            scratch.replace(temporary)
+        finally:
+            scratch.unlink(missing_ok=True)
+    return target
+
+
+def _features(source: Any, class_names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    import rasterio
+    from rasterio.features import shapes
+
+    for geometry, value in shapes(rasterio.band(source, 1), transform=source.transform):
+        number = int(value)
+        if number == IGNORE:
+            continue
+        properties = {"class_id": number, "class_name": class_names[number]}
+        yield {"type": "Feature", "geometry": geometry, "properties": properties}
