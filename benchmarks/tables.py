@@ -26,7 +26,7 @@ from benchmarks import results  # noqa: E402 - needs the path above
 MARKER = re.compile(
     r"(<!-- benchmark:(?P<name>[\w@.-]+) -->\n)(?P<body>.*?)(<!-- /benchmark -->)", re.DOTALL
 )
-TIMES = ("forward", "backward", "both", "step", "load")
+TIMES = ("forward", "backward", "both", "step", "load", "predict")
 NAMES = {
     "eager_in_batch": "eager, partner in batch",
     "eager_our_networks": "eager on our networks",
@@ -93,7 +93,8 @@ def section_lines(content: dict[str, Any], section: str) -> tuple[list[str], lis
     """Head and lines of one section's table: every provider of every case, losers included."""
     rows = [r for r in content["rows"] if r["section"] == section]
     modes = [m for m in TIMES if any(r["mode"] == m and r["metric"] == "time" for r in rows)]
-    total = next((m for m in ("both", "step", "load", "forward") if m in modes), "forward")
+    order = ("both", "step", "load", "predict", "forward")
+    total = next((m for m in order if m in modes), "forward")
     has_rate = any(r["metric"] == "images_per_s" for r in rows)
     has_share = any(r["metric"] == "bandwidth_share" for r in rows)
     head = ["case", "provider", *(f"{mode}, ms" for mode in modes)]
