@@ -68,24 +68,6 @@ class MaskSpec(_Strict):
     ignore: list[int | Color] = [IGNORE]
 
 
-class FilesSpec(_Strict):
-    """How raw files pair up, as path templates with named fields below the raw folder.
-
-    A field is `{word}`: it matches any characters but a slash, in every template alike.
-
-    Args:
-        images: template of the images, e.g. "{scene}/images/{part}.jpg".
-        labels: template of the masks with fields of `images` only; an image whose mask is not
-            there is unlabelled. None: no image has a mask.
-        group: name of the unit that is never in both training and validation, e.g.
-            "{scene}/{part}". None: every image by itself.
-    """
-
-    images: str
-    labels: str | None = None
-    group: str | None = None
-
-
 class TileSpec(_Strict):
     """How a raw image is cut.
 
@@ -95,22 +77,55 @@ class TileSpec(_Strict):
         scale: factor by which the raw image is resized first.
         edge: what happens where the last tile does not fit: "shift" moves it back inside (pads an
             image smaller than a tile), "pad" pads with ignore, "drop" leaves the rest out.
+        name: template of the tiles' names, of the fields of `files.images` and {x1}, {y1}, {x2},
+            {y2} (corners in the scaled image), {row} and {column} (in the grid, from 0). None: the
+            group, the image where a group has several, and the corner.
+        format: files the tiles are written to. An image that stays whole keeps its own.
     """
 
     size: int | None = Field(default=None, ge=16)
     stride: int | None = Field(default=None, ge=1)
     scale: float = Field(default=1.0, gt=0, le=16)
     edge: Literal["shift", "pad", "drop"] = "shift"
+    name: str | None = None
+    format: Literal["png", "tif"] = "png"
+
+
+class FilesSpec(_Strict):
+    """How raw files pair up, as path templates with named fields below the raw folder.
+
+    A field is `{word}`: it matches any characters but a slash, in every template alike. A template
+    that begins with `**/` matches below any folder. An archive counts as a folder of its name.
+
+    Args:
+        images: template of the images, e.g. "{scene}/images/{part}.jpg".
+        labels: template of the masks with fields of `images` only; an image whose mask is not
+            there is unlabelled. None: no image has a mask.
+        group: name of the unit that is never in both training and validation, e.g.
+            "{scene}/{part}". None: every image by itself.
+        mask: the value map of these masks, where it is not the dataset's.
+        tile: how these images are cut, where it is not as the dataset's.
+    """
+
+    images: str
+    labels: str | None = None
+    group: str | None = None
+    mask: MaskSpec | None = None
+    tile: TileSpec | None = None
 
 
 class InfoSpec(_Strict):
-    """What `data list` tells about a dataset. `labeled` maps a ratio to the authors' count."""
+    """What `data list` tells about a dataset.
+
+    `labeled` maps a ratio to the authors' count; `needs` says what of the release to fetch.
+    """
 
     title: str = ""
     sensor: str = "unknown"
     resolution: str = "unknown"
     licence: str = "unknown"
     source: str = ""
+    needs: str = ""
     notes: list[str] = []
     total: int | None = None
     train: int | None = None
@@ -132,7 +147,8 @@ class DatasetSpec(_Strict):
         scale_range: (lo, hi).
         bands: channels of the images.
         mask: the value map of the raw masks.
-        files: where raw images and masks are. Needed by `data prepare` only.
+        files: where raw images and masks are, or a list of layouts in which the raw files come:
+            the first whose `images` match is taken. Needed by `data prepare` only.
         tile: how raw images are cut.
         val: share of groups held out for validation, or patterns (fnmatch) of their names.
         generated: the dataset is made by the package itself and needs no files.
@@ -146,7 +162,7 @@ class DatasetSpec(_Strict):
     scale_range: tuple[float, float] = (0.5, 2.0)
     bands: int = Field(default=3, ge=1)
     mask: MaskSpec = MaskSpec()
-    files: FilesSpec | None = None
+    files: FilesSpec | list[FilesSpec] | None = None
     tile: TileSpec = TileSpec()
     val: Annotated[float, Field(gt=0, lt=1)] | list[str] = 0.1
     generated: bool = False
@@ -159,6 +175,12 @@ class DatasetSpec(_Strict):
     @property
     def class_names(self) -> list[str]:
         return [c.name for c in self.classes]
+
+    @property
+    def layouts(self) -> list[FilesSpec]:
+        if self.files is None:
+            return []
+        return self.files if isinstance(self.files, list) else [self.files]
 
     @property
     def palette(self) -> list[Color]:

@@ -214,19 +214,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_image(path: Path, image: NDArray[np.uint8]) -> None:
-    """Write uint8 [H, W, 3] as PNG, atomically."""
+    """Write uint8 [H, W, 3] as PNG, or as TIFF where the path says so, atomically."""
     with replacing(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", compress_level=1)
+        Image.fromarray(image).save(temporary, **_encoding(path))
 
 
 def save_label(path: Path, label: NDArray[np.uint8], palette: Sequence[Sequence[int]]) -> None:
-    """Write class ids as an indexed PNG with the dataset's colours, ignore black, atomically."""
+    """Write class ids as an indexed PNG or TIFF with the dataset's colours, ignore black."""
     image = Image.fromarray(label)
     # All 256 entries: with fewer, Pillow packs pixels in 4 bits or less and 255 would be cut off.
     entries = [tuple(color) for color in palette] + [(0, 0, 0)] * (256 - len(palette))
     image.putpalette([channel for color in entries for channel in color])
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG", optimize=False)
+        image.save(temporary, **_encoding(path))
+
+
+def _encoding(path: Path) -> dict[str, str | int]:
+    if path.suffix.lower() in (".tif", ".tiff"):
+        return {"format": "TIFF", "compression": "tiff_lzw"}
+    return {"format": "PNG", "compress_level": 1}
 
 
 def write_description(root: Path, spec: DatasetSpec) -> None:

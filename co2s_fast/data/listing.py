@@ -28,7 +28,7 @@ def describe_dataset(spec: DatasetSpec) -> str:
         "labelled": ", ".join(f"{ratio}: {n}" for ratio, n in info.labeled.items()),
         "training": f"crop {spec.crop}, scale {_scale(spec)}",
         "licence": info.licence,
-        "get it": info.source,
+        "get it": f"{info.source}: {info.needs}" if info.needs else info.source,
         "here": _found(spec),
         "note": "; ".join(info.notes),
     }

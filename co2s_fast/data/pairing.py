@@ -7,19 +7,33 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from co2s_fast.data.catalogue import DatasetSpec, FilesSpec
+from co2s_fast.data.catalogue import DatasetSpec, FilesSpec, TileSpec
 from co2s_fast.errors import DataError, UsageError
 
 _FIELD = re.compile(r"\{(\w+)\}")
+ANYWHERE = "**/"
+TILE_FIELDS = ("x1", "y1", "x2", "y2", "row", "column")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """One raw image, its mask if it has one, and the group it belongs to."""
+    """One raw image, its mask if it has one, and what its layout says of it.
 
+    Args:
+        name: path of the image below the raw folder.
+        image: where it is.
+        label: where its mask is.
+        group: the unit that is never in both training and validation.
+        files: the layout that it matched.
+        fields: the fields of `files.images` and what they matched.
+    """
+
+    name: str
     image: Path
     label: Path | None
     group: str
+    files: FilesSpec
+    fields: tuple[tuple[str, str], ...] = ()
 
 
 def fields(template: str) -> list[str]:
@@ -30,6 +44,8 @@ def fields(template: str) -> list[str]:
 def pattern(template: str) -> re.Pattern[str]:
     """The regular expression of a template; a field matches anything but a slash."""
     out, seen, end = "", set(), 0
+    if template.startswith(ANYWHERE):
+        out, end = "(?:.*/)?", len(ANYWHERE)
     for match in _FIELD.finditer(template):
         name = match[1]
         out += re.escape(template[end : match.start()])
@@ -39,60 +55,91 @@ def pattern(template: str) -> re.Pattern[str]:
     return re.compile(out + re.escape(template[end:]))
 
 
-def check_templates(files: FilesSpec) -> None:
-    """Raise UsageError where `labels` or `group` has fields that `images` has not."""
+def check_templates(files: FilesSpec, tile: TileSpec) -> None:
+    """Raise UsageError where another template has fields that `images` has not."""
     known = set(fields(files.images))
     problems = [f"files.{key}: field {{{name}}} is not in files.images {files.images!r}"
                 for key in ("labels", "group") for name in fields(getattr(files, key) or "")
                 if name not in known]
+    problems += [f"tile.name: field {{{name}}} is not in files.images {files.images!r}, nor one of "
+                 f"{', '.join(TILE_FIELDS)}"
+                 for name in fields(tile.name or "") if name not in known | set(TILE_FIELDS)]
     if not known:
         problems.append(f"files.images {files.images!r}: has no field like {{name}}")
     if problems:
         raise UsageError("; ".join(problems))
 
 
-def find_sources(raw: Path, spec: DatasetSpec) -> list[Source]:
-    """All images below raw that match the dataset's template, sorted, with their masks.
+def list_files(root: Path) -> list[str]:
+    """All files below a folder, as sorted relative paths with forward slashes."""
+    return sorted(
+        Path(folder, name).relative_to(root).as_posix()
+        for folder, _, files in os.walk(root, followlinks=True) for name in files
+    )
+
+
+def find_sources(raw: Path, spec: DatasetSpec, more: Path | None = None) -> list[Source]:
+    """All images below raw that match one of the dataset's layouts, sorted, with their masks.
+
+    Args:
+        raw: folder of the raw files.
+        spec: its layouts are tried in order; the first that any image matches is taken.
+        more: a second folder that counts as part of the first, for unpacked archives.
 
     Raises:
         UsageError: the dataset declares no templates, or wrong ones.
-        DataError: no such folder, no match, or masks that no image belongs to.
+        DataError: no such folder, no match, two masks of one image, or masks without an image.
     """
-    if spec.files is None:
+    if not spec.layouts:
         raise UsageError(f"dataset {spec.name!r} does not say how its raw files pair up: add "
                          "`files: {images: ..., labels: ...}` to its description")
-    check_templates(spec.files)
-    if not raw.is_dir():
+    for files in spec.layouts:
+        check_templates(files, files.tile or spec.tile)
+    if not raw.exists():
         raise DataError(f"raw folder {raw}: missing")
-    names = sorted(
-        Path(folder, name).relative_to(raw).as_posix()
-        for folder, _, files in os.walk(raw, followlinks=True) for name in files
-    )
-    image_pattern = pattern(spec.files.images)
-    sources = [_source(raw, name, match, spec.files)
-               for name in names if (match := image_pattern.fullmatch(name))]
-    if not sources:
-        found = f"found {', '.join(names[:3])}, ..." if names else "found no files"
-        raise DataError(f"{raw}: no file matches {spec.files.images!r}; {found}")
-    _check_masks(raw, names, sources, spec.files)
-    return sources
+    paths = {name: root / name for root in (more, raw) if root is not None and root.is_dir()
+             for name in list_files(root)}
+    for files in spec.layouts:
+        if sources := _layout(raw, paths, files):
+            return sources
+    names = sorted(paths)
+    found = f"found {', '.join(names[:3])}, ..." if names else "found no files"
+    wanted = " or ".join(repr(files.images) for files in spec.layouts)
+    raise DataError(f"{raw}: no file matches {wanted}; {found}")
 
 
-def _source(raw: Path, name: str, match: re.Match[str], files: FilesSpec) -> Source:
-    values = match.groupdict()
-    label = raw / files.labels.format_map(values) if files.labels else None
-    group = files.group.format_map(values) if files.group else Path(name).with_suffix("").as_posix()
-    return Source(raw / name, label if label is not None and label.is_file() else None, group)
-
-
-def _check_masks(raw: Path, names: list[str], sources: list[Source], files: FilesSpec) -> None:
-    if not files.labels:
-        return
-    mask_pattern = pattern(files.labels)
-    paired = {source.label for source in sources}
-    alone = [n for n in names if mask_pattern.fullmatch(n) and raw / n not in paired
-             and not pattern(files.images).fullmatch(n)]
+def _layout(raw: Path, paths: dict[str, Path], files: FilesSpec) -> list[Source]:
+    """The sources of one layout, empty where no image matches it."""
+    image_pattern = pattern(files.images)
+    images = {name: match.groupdict() for name in sorted(paths)
+              if (match := image_pattern.fullmatch(name))}
+    if not images or not files.labels:
+        return [_source(name, paths, values, files, None) for name, values in images.items()]
+    wanted = {files.labels.format_map(values) for values in images.values()}
+    masks: dict[str, str] = {}
+    for name in sorted(paths):
+        match = pattern(files.labels).fullmatch(name)
+        if match is None:
+            continue
+        key = files.labels.format_map(match.groupdict())
+        if name in images and key not in wanted:
+            continue  # both templates match it, and no image has it for a mask
+        if key in masks:
+            raise DataError(f"{raw}: two masks for one image, {masks[key]} and {name}")
+        masks[key] = name
+    images = {name: values for name, values in images.items() if name not in masks.values()}
+    taken = {name: masks.get(files.labels.format_map(values)) for name, values in images.items()}
+    alone = sorted(set(masks.values()) - set(taken.values()))
     if alone:
         raise DataError(f"{raw}: {len(alone)} masks have no image, for example {alone[0]}")
-    if not any(paired):
-        raise DataError(f"{raw}: no mask matches {files.labels!r} for any of {len(sources)} images")
+    if not any(taken.values()):
+        raise DataError(f"{raw}: no mask matches {files.labels!r} for any of {len(images)} images")
+    return [_source(name, paths, values, files, taken[name]) for name, values in images.items()]
+
+
+def _source(
+    name: str, paths: dict[str, Path], values: dict[str, str], files: FilesSpec, mask: str | None
+) -> Source:
+    group = files.group.format_map(values) if files.group else Path(name).with_suffix("").as_posix()
+    return Source(name, paths[name], paths[mask] if mask else None, group, files,
+                  tuple(values.items()))

@@ -1,7 +1,8 @@
 """From a raw folder to the layout that training reads: `images/`, `labels/`, `dataset.yaml`.
 
-Tiles are named `<group>_<y>_<x>` with the position in the scaled image; `tiles.csv` says which
-group and which raw file each comes from. The folder appears complete or not at all.
+Tiles are named by `tile.name`, else `<group>_<y>_<x>` with the position in the scaled image;
+`tiles.csv` says which group and which raw file each comes from. The folder appears complete or not
+at all.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +25,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from co2s_fast.data.archives import find_archives, unpacked
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec, TileSpec
 from co2s_fast.data.files import (
     decode_mask,
     load_rgb,
+    replacing,
     save_image,
     save_label,
     write_description,
     write_text,
 )
-from co2s_fast.data.pairing import Source, find_sources
+from co2s_fast.data.pairing import Source, find_sources, list_files
 from co2s_fast.data.splits import summary
 from co2s_fast.data.tiles import TILES
 from co2s_fast.errors import DataError, UsageError
@@ -64,7 +70,8 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
 
     Args:
         spec: the description.
-        raw: folder that its templates are relative to; None for a generated dataset.
+        raw: folder that its templates are relative to, archives in it included, or an archive;
+            None for a generated dataset.
         out: the folder to make.
         overwrite: replace a folder made from something else, its splits included.
         progress: show a bar.
@@ -78,28 +85,34 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
     if spec.generated:
         return _generate(spec, out, progress)
     if raw is None:
-        source = f"; fetch them from {spec.info.source}" if spec.info.source else ""
+        what = spec.info.needs or "them"
+        source = f"; fetch {what} from {spec.info.source}" if spec.info.source else ""
         raise UsageError(f"dataset {spec.name!r} is made from raw files: give their folder with "
                          f"--raw{source}")
     raw = Path(raw)
-    sources = find_sources(raw, spec)
-    record = _record(raw, sources, spec)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        if (done := _same(out, record)) and not overwrite:
+    archives = find_archives(raw)
+    record = _record(raw, spec)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
+        if done := _same(out, record):
             return done
-        if not overwrite:
-            raise DataError(f"{out}: exists and was not prepared from {raw} with this description; "
-                            "remove it, choose another folder, or overwrite it")
+        raise DataError(f"{out}: exists and was not prepared from {raw} with this description; "
+                        "remove it, choose another folder, or overwrite it")
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    for name in ("images", "labels"):
-        (temporary / name).mkdir(parents=True)
-    prepared = _write_tiles(sources, temporary, spec, progress)
-    prepared.root = out
-    write_description(temporary, spec)
-    totals = {"images": prepared.images, "tiles": prepared.tiles, "labeled": prepared.labeled,
-              "pixels": prepared.pixels}
-    write_text(temporary / RECORD, json.dumps({**record, **totals}, indent=1))
+    with unpacked(archives, out, progress) as more:
+        sources = find_sources(raw, spec, more)
+        for name in ("images", "labels"):
+            (temporary / name).mkdir(parents=True)
+        try:
+            prepared = _write_tiles(sources, temporary, spec, progress)
+            prepared.root = out
+            write_description(temporary, spec)
+            totals = {"images": prepared.images, "tiles": prepared.tiles,
+                      "labeled": prepared.labeled, "pixels": prepared.pixels}
+            write_text(temporary / RECORD, json.dumps({**record, **totals}, indent=1))
+        except BaseException:
+            shutil.rmtree(temporary)
+            raise
     if out.exists():
         shutil.rmtree(out)
     temporary.rename(out)
@@ -118,11 +131,13 @@ def _generate(spec: DatasetSpec, out: Path, progress: bool) -> Prepared:
     return Prepared(out, images=count, tiles=count, labeled=count, already=already)
 
 
-def _record(raw: Path, sources: list[Source], spec: DatasetSpec) -> dict:
+def _record(raw: Path, spec: DatasetSpec) -> dict:
     """What decides whether a prepared folder is up to date."""
-    files = [p for s in sources for p in (s.image, s.label) if p is not None]
-    return {"description": spec.model_dump(mode="json"),
-            "files": {p.relative_to(raw).as_posix(): p.stat().st_size for p in files}}
+    names = list_files(raw) if raw.is_dir() else []
+    files = {name: (raw / name).stat().st_size for name in names}
+    if raw.is_file():
+        files = {raw.name: raw.stat().st_size}
+    return {"description": spec.model_dump(mode="json"), "files": files}
 
 
 def _same(out: Path, record: dict) -> Prepared | None:
@@ -135,45 +150,121 @@ def _same(out: Path, record: dict) -> Prepared | None:
     return Prepared(out, found["images"], found["tiles"], found["labeled"], found["pixels"], True)
 
 
+@dataclass
+class _Written:
+    """What came of one raw image: lines of `tiles.csv`, labels written, pixels of each value."""
+
+    rows: list[tuple] = field(default_factory=list)
+    labeled: int = 0
+    pixels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    problem: str | None = None
+
+
+class _Claims:
+    """Which raw image each tile's name is taken by; threads ask before they write."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, Path] = {}
+        self._lock = threading.Lock()
+
+    def claim(self, name: str, image: Path) -> None:
+        """Take a name; a DataError where it is taken."""
+        with self._lock:
+            other = self._owners.get(name)
+            self._owners[name] = image
+        if other is not None:
+            one, two = sorted([str(other), str(image)])
+            raise DataError(f"{one} and {two} would both give the tile {name}; add fields to "
+                            "tile.name that tell them apart")
+
+
 def _write_tiles(sources: list[Source], root: Path, spec: DatasetSpec,
                  progress: bool) -> Prepared:
-    names = _names(sources)
-    prepared, pixels = Prepared(root, images=len(sources)), np.zeros(256, np.int64)
-    problems, rows = [], []
-    for source in tqdm(sources, desc=f"preparing {spec.name}", unit="image", disable=not progress):
-        try:
-            image, label = _read(source, spec)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        for y, x, part, mask in _cut(image, label, spec.tile):
-            name = f"{names[source]}_{y}_{x}.png" if spec.tile.size else f"{names[source]}.png"
-            rows.append((name, source.group, source.image.name, y, x))
-            save_image(root / "images" / name, part)
-            if mask is not None:
-                save_label(root / "labels" / name, mask, spec.palette)
-                pixels += np.bincount(mask.ravel(), minlength=256)
-                prepared.labeled += 1
+    names = _names(sources, spec)
+    total, problems, claims = _Written(), [], _Claims()
+    bar = tqdm(total=len(sources), desc=f"preparing {spec.name}", unit="image",
+               disable=not progress)
+    with bar, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for found in _in_order(
+            pool, lambda s: _write_source(s, names[s], root, spec, claims), sources
+        ):
+            bar.update()
+            if found.problem is not None:
+                problems.append(found.problem)
+            total.rows += found.rows
+            total.labeled += found.labeled
+            total.pixels += found.pixels
     if problems:
-        shutil.rmtree(root)
         raise DataError(summary(problems))
-    if not rows:
-        shutil.rmtree(root)
+    if not total.rows:
         raise DataError(f"no image is as large as a tile of {spec.tile.size} pixels")
-    prepared.tiles = len(rows)
-    prepared.pixels = {n: int(c) for n, c in zip(spec.class_names, pixels, strict=False)}
-    prepared.pixels["ignored"] = int(pixels[IGNORE])
-    _write_index(root / TILES, rows)
-    return prepared
+    pixels = {n: int(c) for n, c in zip(spec.class_names, total.pixels, strict=False)}
+    pixels["ignored"] = int(total.pixels[IGNORE])
+    _write_index(root / TILES, total.rows)
+    return Prepared(root, len(sources), len(total.rows), total.labeled, pixels)
 
 
-def _names(sources: list[Source]) -> dict[Source, str]:
+def _in_order(pool: ThreadPoolExecutor, function: Callable[[Source], _Written],
+              sources: list[Source]) -> Iterator[_Written]:
+    """`pool.map` that has only as many images in memory as there are threads, and one."""
+    waiting: deque[Future[_Written]] = deque()
+    for source in sources:
+        waiting.append(pool.submit(function, source))
+        if len(waiting) > (os.cpu_count() or 1):
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _write_source(
+    source: Source, base: str, root: Path, spec: DatasetSpec, claims: _Claims
+) -> _Written:
+    """The tiles of one raw image; a file that cannot be used becomes the result's problem."""
+    tile = source.files.tile or spec.tile
+    found = _Written()
+    try:
+        image, label = _read(source, spec, tile)
+    except DataError as error:
+        return _Written(problem=str(error))
+    whole = tile.size is None and tile.scale == 1
+    suffix = source.image.suffix.lower() if whole else f".{tile.format}"
+    for part in _cut(image, label, tile):
+        name = _tile_name(source, base, tile, part)
+        try:
+            claims.claim(name, source.image)
+        except DataError as error:
+            return replace(found, problem=str(error))
+        found.rows.append((f"{name}{suffix}", source.group, source.image.name, part.y, part.x))
+        if whole:  # not a pixel changes, so the file need not be encoded anew
+            with replacing(root / "images" / f"{name}{suffix}") as temporary:
+                shutil.copyfile(source.image, temporary)
+        else:
+            save_image(root / "images" / f"{name}{suffix}", part.pixels)
+        if part.label is not None:
+            label_suffix = ".png" if whole and suffix != ".tif" else suffix
+            save_label(root / "labels" / f"{name}{label_suffix}", part.label, spec.palette)
+            found.pixels += np.bincount(part.label.ravel(), minlength=256)
+            found.labeled += 1
+    return found
+
+
+def _tile_name(source: Source, base: str, tile: TileSpec, part: _Tile) -> str:
+    if tile.name is None:
+        return f"{base}_{part.y}_{part.x}" if tile.size else base
+    height, width = part.pixels.shape[:2]
+    corners = {"x1": part.x, "y1": part.y, "x2": part.x + width, "y2": part.y + height,
+               "row": part.row, "column": part.column}
+    return _slug(tile.name.format_map({**dict(source.fields), **corners}))
+
+
+def _names(sources: list[Source], spec: DatasetSpec) -> dict[Source, str]:
     """The start of the tiles' names: the group, or group and image where a group has several."""
     groups = Counter(source.group for source in sources)
     names = {s: _slug(s.group if groups[s.group] == 1 else f"{s.group}_{s.image.stem}")
              for s in sources}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
-    if twice:
+    named = all((s.files.tile or spec.tile).name for s in sources)
+    if twice and not named:
         same = [str(s.image) for s in sources if names[s] == twice[0]]
         raise DataError(f"{' and '.join(same[:2])} would both be named {twice[0]}; add fields to "
                         "files.group that tell them apart")
@@ -184,13 +275,18 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_.")
 
 
-def _read(source: Source, spec: DatasetSpec) -> tuple[Image.Image, NDArray[np.uint8] | None]:
+def _read(
+    source: Source, spec: DatasetSpec, tile: TileSpec
+) -> tuple[Image.Image, NDArray[np.uint8] | None]:
     image = load_rgb(source.image)
-    label = decode_mask(source.label, spec) if source.label is not None else None
+    label = None
+    if source.label is not None:
+        mask = source.files.mask
+        label = decode_mask(source.label, spec.model_copy(update={"mask": mask}) if mask else spec)
     if label is not None and label.shape != (image.height, image.width):
         raise DataError(f"{source.label}: {label.shape[1]} x {label.shape[0]} pixels, its image "
                         f"{source.image} has {image.width} x {image.height}")
-    scale = spec.tile.scale
+    scale = tile.scale
     if scale != 1:
         size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
         image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased when shrinking
@@ -210,16 +306,27 @@ def starts(length: int, tile: TileSpec) -> list[int]:
     return whole
 
 
-def _cut(
-    image: Image.Image, label: NDArray[np.uint8] | None, tile: TileSpec
-) -> Iterator[tuple[int, int, NDArray[np.uint8], NDArray[np.uint8] | None]]:
-    """The tiles of an image: y, x, pixels (0 where padded), label (255 where padded)."""
+@dataclass(frozen=True)
+class _Tile:
+    """One tile: its corner and place in the grid, pixels (0 where padded), label (255 there)."""
+
+    y: int
+    x: int
+    row: int
+    column: int
+    pixels: NDArray[np.uint8]
+    label: NDArray[np.uint8] | None
+
+
+def _cut(image: Image.Image, label: NDArray[np.uint8] | None, tile: TileSpec) -> Iterator[_Tile]:
+    """The tiles of an image, row by row."""
     pixels = np.asarray(image)
-    for y in starts(image.height, tile):
-        for x in starts(image.width, tile):
+    for row, y in enumerate(starts(image.height, tile)):
+        for column, x in enumerate(starts(image.width, tile)):
             window = np.s_[y : y + (tile.size or image.height), x : x + (tile.size or image.width)]
             part = _padded(pixels[window], tile.size, 0)
-            yield y, x, part, None if label is None else _padded(label[window], tile.size, IGNORE)
+            mask = None if label is None else _padded(label[window], tile.size, IGNORE)
+            yield _Tile(y, x, row, column, part, mask)
 
 
 def _padded(part: NDArray[np.uint8], size: int | None, value: int) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from co2s_fast.data.files import DESCRIPTION, Item
 from co2s_fast.errors import DataError
 
 TILES = "tiles.csv"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
 def list_images(root: Path) -> list[Item]:
@@ -21,7 +21,7 @@ def list_images(root: Path) -> list[Item]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*") if p.suffix.lower() in _SUFFIXES
+    return sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES
                   and not p.name.startswith("."))
 
 

@@ -183,3 +183,47 @@ def test_dubai(shared_dir, tmp_path):
     assert created.val == 18 and created.labeled == 36 // 16
     val = (out / "splits" / "val.txt").read_text().split()
     assert {name.split("_")[1] for name in val} == {"007", "008", "009"}
+
+
+def test_the_first_layout_that_matches_is_taken_with_its_own_map_and_cut(tmp_path):
+    raw = write_raw(tmp_path / "raw", ["a/1"], size=(40, 70))
+    layouts = [
+        {"images": "{scene}/photos/{part}.png"},
+        {"images": "**/images/{part}.png", "labels": "**/masks/{part}.png",
+         "tile": {"size": 16, "name": "t{part}_{row}_{column}_{x1}_{y2}", "format": "tif"}},
+    ]  # fmt: skip
+    spec = two_classes(files=layouts)
+    prepare(raw, tmp_path / "out", spec)
+    names = {item.name for item in list_images(tmp_path / "out")}
+    assert {"t1_0_0_0_16", "t1_2_4_54_40"} <= names and len(names) == 3 * 5
+    assert {p.suffix for p in (tmp_path / "out").rglob("t1_*")} == {".tif"}
+    layouts[1]["tile"]["name"] = "{part}_{room}"
+    with pytest.raises(UsageError, match=r"tile.name: field \{room\}"):
+        prepare(raw, tmp_path / "other", two_classes(files=layouts))
+    layouts[1]["tile"]["name"] = "{part}"
+    with pytest.raises(DataError, match="both give the tile"):
+        prepare(write_raw(tmp_path / "raw", ["a/1", "b/1"]), tmp_path / "other",
+                two_classes(files={**layouts[1], "images": "{scene}/images/{part}.png",
+                                   "labels": "{scene}/masks/{part}.png"}))  # fmt: skip
+    assert not (tmp_path / "other").exists()
+
+
+def test_whole_images_keep_their_file(tmp_path):
+    raw = write_raw(tmp_path / "raw", ["a/1"])
+    image = raw / "a/images/1.png"
+    Image.open(image).save(image.with_suffix(".jpg"))
+    image.unlink()
+    files = {"images": "{scene}/images/{part}.jpg", "labels": "{scene}/masks/{part}.png"}
+    prepare(raw, tmp_path / "out", two_classes(files=files, tile={}))
+    (item,) = list_images(tmp_path / "out")
+    assert item.image.suffix == ".jpg" and item.label.suffix == ".png"
+    assert item.image.read_bytes() == image.with_suffix(".jpg").read_bytes()
+
+
+def test_two_masks_for_one_image(tmp_path):
+    raw = write_raw(tmp_path / "raw", ["a/1"])
+    (raw / "b/masks").mkdir(parents=True)
+    (raw / "b/masks/1.png").write_bytes((raw / "a/masks/1.png").read_bytes())
+    files = {"images": "**/images/{part}.png", "labels": "**/masks/{part}.png"}
+    with pytest.raises(DataError, match="two masks for one image"):
+        find_sources(raw, two_classes(files=files))

@@ -220,7 +220,7 @@ def test_missing_data_says_what_to_fetch_and_run(tmp_path, monkeypatch):
         find_root(DataConfig(dataset="potsdam"), load_dataset("potsdam"))
     message = str(caught.value)
     assert "store/potsdam/images" in message and "data/potsdam/images" in message
-    assert "fetch it from https://www.isprs.org" in message
+    assert "fetch 2_Ortho_RGB.zip and 5_Labels_all_noBoundary.zip from https://www." in message
     assert "co2s-fast data prepare potsdam --raw RAW_FOLDER --out data/potsdam" in message
 
 
