@@ -34,6 +34,8 @@ GOALS = (
     ("cpu", "loss_section", "512", "both", "time", "eager", 8.0),
     ("cpu", "step", "tiny", "step", "time", "eager", 1.5),
     ("cpu", "input", "512", "load", "images_per_s", "pil", 1.5),
+    ("cpu", "prepare", "mask-6000", "load", "time", "loop", 5.0),
+    ("cpu", "prepare", "whole-6000", "load", "time", "loop", 5.0),
     ("cpu", "predict", "tiny-1024x1024", "predict", "time", "plain", 1.5),
     ("cpu", "predict", "vit_b16-512x938", "predict", "time", "plain", 1.5),
     ("cpu", "predict", "raster-20000x20000", "predict", "peak_memory", "plain", 4.0),
@@ -182,11 +184,11 @@ def goals(content: dict[str, Any]) -> list[tuple[str, float, float | None]]:
     header = content["header"]
     values = ratios(content)
     # predict.py and throughput.py write files of their own, each with its own goals
-    alone = {r["section"] for r in content["rows"]} == {"predict"}
-    mine = {"step": "ours", "input": "torch", "predict": "ours"}
+    alone = {r["section"] for r in content["rows"]} & {"predict", "prepare"}
+    mine = {"step": "ours", "input": "torch", "predict": "ours", "prepare": "ours"}
     found: list[tuple[str, float, float | None]] = []
     for device, section, case, mode, metric, peer, goal in GOALS:
-        if device == header["device_type"] and (section == "predict") == alone:
+        if device == header["device_type"] and alone == {section} & {"predict", "prepare"}:
             us = mine.get(section, header["default_backend"])
             name = f"{section}/{case}/{mode}/{metric}/{peer}:{us}"
             found.append((name, goal, values.get(name)))

@@ -34,6 +34,7 @@ NAMES = {
     "compile_autocast": "torch.compile + autocast",
     "ours_float32": "ours, float32 with TF32",
     "liger": "liger-kernel",
+    "loop": "NumPy, colour by colour",
     "pil": "PIL + torchvision",
     "pil_mix": "PIL + torchvision, second loader for partners",
     "torch": "ours, torch loader",

@@ -37,6 +37,7 @@ SECTIONS = (
     "step",
     "input",
 )
+ASKED_FOR = ("prepare",)  # takes minutes, and is the same on every kind of device
 REPEATS = {"cpu": 7, "cuda": 31}
 QUICK_REPEATS = 3
 BUSY = 0.5  # load average a core above which the numbers are marked as taken on a busy machine
@@ -167,7 +168,7 @@ def choose_device(name: str) -> torch.device:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
-@click.option("--section", "chosen", multiple=True, type=click.Choice(SECTIONS),
+@click.option("--section", "chosen", multiple=True, type=click.Choice((*SECTIONS, *ASKED_FOR)),
               help="Measure this section only. Repeatable.")  # fmt: skip
 @click.option("--device", "device_name", type=click.Choice(["auto", "cpu", "cuda"]),
               default="auto", show_default=True)  # fmt: skip

@@ -184,9 +184,11 @@ def _write_tiles(sources: list[Source], root: Path, spec: DatasetSpec,
     total, problems, claims = _Written(), [], _Claims()
     bar = tqdm(total=len(sources), desc=f"preparing {spec.name}", unit="image",
                disable=not progress)
-    with bar, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    threads = os.cpu_count()
+    # Two pools: images wait for their tiles, which must not wait for images.
+    with bar, ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(threads) as writers:
         for found in _in_order(
-            pool, lambda s: _write_source(s, names[s], root, spec, claims), sources
+            pool, lambda s: _write_source(s, names[s], root, spec, claims, writers), sources
         ):
             bar.update()
             if found.problem is not None:
@@ -217,11 +219,12 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable[[Source], _Written],
 
 
 def _write_source(
-    source: Source, base: str, root: Path, spec: DatasetSpec, claims: _Claims
-) -> _Written:
+    source: Source, base: str, root: Path, spec: DatasetSpec, claims: _Claims,
+    writers: ThreadPoolExecutor,
+) -> _Written:  # fmt: skip
     """The tiles of one raw image; a file that cannot be used becomes the result's problem."""
     tile = source.files.tile or spec.tile
-    found = _Written()
+    found, jobs = _Written(), []
     try:
         image, label = _read(source, spec, tile)
     except DataError as error:
@@ -239,12 +242,16 @@ def _write_source(
             with replacing(root / "images" / f"{name}{suffix}") as temporary:
                 shutil.copyfile(source.image, temporary)
         else:
-            save_image(root / "images" / f"{name}{suffix}", part.pixels)
+            path = root / "images" / f"{name}{suffix}"
+            jobs.append(writers.submit(save_image, path, part.pixels))
         if part.label is not None:
             label_suffix = ".png" if whole and suffix != ".tif" else suffix
-            save_label(root / "labels" / f"{name}{label_suffix}", part.label, spec.palette)
+            path = root / "labels" / f"{name}{label_suffix}"
+            jobs.append(writers.submit(save_label, path, part.label, spec.palette))
             found.pixels += np.bincount(part.label.ravel(), minlength=256)
             found.labeled += 1
+    for job in jobs:
+        job.result()  # raises what writing raised
     return found
 
 
