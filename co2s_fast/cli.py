@@ -61,6 +61,7 @@ def main() -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change one configuration value, e.g. --set train.steps=500. Repeatable.")
 @click.option("--out", type=PATH, help="Run folder. Default: runs/<dataset>-<split>-<method>.")
+@click.option("--pretrained", type=PATH, help="Folder that `pretrain` wrote, to start from.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
 @click.option("--resume-if-exists", is_flag=True,
               help="Continue when --out holds a run, start one otherwise.")
@@ -81,6 +82,31 @@ def train(**options: Any) -> None:
     if run is not None:
         click.echo(evaluate_run(run))
         click.echo(write_report(run))
+
+
+@main.command()
+@click.option("--dataset", help="A name from `data list`, or a YAML file that describes your own.")
+@click.option("--data-root", type=PATH, help="Prepared dataset folder (images/, labels/, splits/).")
+@click.option("--ratio", help="As for `train`, whose unlabelled images are taken.")
+@click.option("--labels", type=int, help="Number of labelled images, instead of a ratio.")
+@click.option("--split", type=PATH, help="Folder with labeled.txt, unlabeled.txt and val.txt.")
+@click.option("--recipe", help="A recipe's name or YAML file; by default the dataset's own.")
+@click.option("--seed", type=int, help="Fixes weights, order and masks.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Change one configuration value, e.g. --set pretrain.steps=500. Repeatable.")
+@click.option("--out", type=PATH, required=True, help="Folder for the weights.")
+@one_line_errors
+def pretrain(**options: Any) -> None:
+    r"""Pretrain students that start from random weights, on the training images, without labels.
+
+    \b
+    co2s-fast pretrain --dataset mine.yaml --labels 20 --out weights/mine
+    co2s-fast train --dataset mine.yaml --labels 20 --pretrained weights/mine
+    """
+    from co2s_fast.engine.launch import pretrain_from_options
+
+    for path in pretrain_from_options(**options):
+        click.echo(path)
 
 
 @main.command("eval")

@@ -82,6 +82,24 @@ class TrainConfig(_Strict):
         return self
 
 
+class PretrainConfig(_Strict):
+    """How `co2s-fast pretrain` trains the backbones of students that start from random weights.
+
+    Attributes:
+        steps: updates of each student.
+        batch_size: images a step.
+        lr, weight_decay, warmup_steps: AdamW with a linear warm-up and a cosine decay to 0.
+        mask_ratio: share of an image's patches that are hidden.
+    """
+
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup_steps: int = Field(default=40, ge=0)
+    mask_ratio: float = Field(default=0.6, gt=0, lt=1)
+
+
 class RunConfig(_Strict):
     """Everything that decides a run. `config.yaml` in the run folder is one of these."""
 
@@ -90,6 +108,7 @@ class RunConfig(_Strict):
     method: AnyMethodConfig
     train: TrainConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     seed: int = Field(default=0, ge=0)
     out: Path | None = None
 

@@ -30,6 +30,7 @@ def train_from_options(
     dry_run: bool,
     recipe: str | None,
     overrides: Sequence[str],
+    pretrained: Path | None = None,
     **options: Any,
 ) -> Path | None:
     """`co2s-fast train`: put the configuration together and train it.
@@ -44,6 +45,10 @@ def train_from_options(
     from co2s_fast.engine.trainer import train
 
     config = load_config(recipe, overrides, nested_options(options))
+    if pretrained is not None:
+        files = [f"students.{name}.weights={pretrained / name}.safetensors"
+                 for name in config.students]  # fmt: skip
+        config = load_config(recipe, [*overrides, *files], nested_options(options))
     if resume and not (config.folder / CONFIG_FILE).is_file():
         raise UsageError(f"--resume: {config.folder} holds no run (no {CONFIG_FILE})")
     if resume_if_exists:
@@ -51,6 +56,15 @@ def train_from_options(
     folder = train(config, resume=resume, dry_run=dry_run)
     first = int(os.environ.get("RANK", "0")) == 0  # set by torchrun
     return folder if first and not dry_run else None
+
+
+def pretrain_from_options(
+    *, out: Path, recipe: str | None, overrides: Sequence[str], **options: Any
+) -> list[Path]:
+    """`co2s-fast pretrain`: the files of the students' backbones; see `pretrain`."""
+    from co2s_fast.engine.pretrain import pretrain
+
+    return pretrain(load_config(recipe, overrides, nested_options(options)), out)
 
 
 def nested_options(options: dict[str, Any]) -> dict[str, Any]:

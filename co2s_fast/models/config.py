@@ -183,9 +183,10 @@ class StudentConfig(_Strict):
             )
         if self.skips == "stem" and self.stem != "conv":
             raise ValueError("skips='stem' needs stem='conv'")
-        if self.stem == "conv" and self.weights is not None:
+        if self.stem == "conv" and not (self.weights or ".safetensors").endswith(".safetensors"):
             raise ValueError(
-                f"stem='conv' is for training from scratch, but weights={self.weights!r} was given"
+                "stem='conv' has no released weights: expected none, or a .safetensors file of "
+                f"`co2s-fast pretrain`, got weights={self.weights!r}"
             )
         if self.backbone == "timm" and self.activation is not None:
             raise ValueError("activation is for backbone 'clip'; a timm model's own is kept")

@@ -21,6 +21,9 @@ from co2s_fast.models.presets import TINY_CLIP_MODEL, TINY_SSM_MODEL
 from co2s_fast.models.ssm import TimmBackbone
 from co2s_fast.models.stem import ConvStem
 
+OWN_BACKBONE = {"format": "co2s-fast backbone"}
+"""Metadata of a safetensors file that holds a whole backbone under this package's own names."""
+
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -59,6 +62,19 @@ def read_state_dict(path: str | Path) -> State:
     if other:
         raise DataError(f"weights {path}: entries that are no tensors: {other[:5]}")
     return state
+
+
+def is_own_backbone(path: str | Path) -> bool:
+    """Whether a file was written by `co2s-fast pretrain`: a whole backbone, its stem included."""
+    from safetensors import SafetensorError, safe_open
+
+    if not str(path).endswith(".safetensors") or not Path(path).is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == OWN_BACKBONE["format"]
+    except SafetensorError:
+        return False  # reading the tensors says what is wrong
 
 
 def checksum(module: nn.Module) -> str:

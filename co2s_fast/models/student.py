@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from co2s_fast.errors import UsageError
+from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.config import StudentConfig, TextConfig
 from co2s_fast.models.decoder import QueryDecoder
 from co2s_fast.models.queries import Named, text_queries
@@ -201,7 +201,14 @@ def build_student(
     Raises:
         UsageError, DataError: a configuration or a file that cannot work.
     """
-    from co2s_fast.models.loading import build_clip_backbone, build_timm_backbone, checksum
+    from co2s_fast.models.loading import (
+        build_clip_backbone,
+        build_timm_backbone,
+        checksum,
+        is_own_backbone,
+        load_strictly,
+        read_state_dict,
+    )
 
     if not load:
         text = TextConfig(source="checkpoint")
@@ -216,10 +223,19 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         tower = None
+        own = config.weights is not None and is_own_backbone(config.weights)
+        conv = config.stem == "conv"
+        bare = config.model_copy(update={"weights": None}) if own or conv else config
         if config.backbone == "clip":
-            backbone, tower = build_clip_backbone(config)
+            backbone, tower = build_clip_backbone(bare)
         else:
-            backbone = build_timm_backbone(config)
+            backbone = build_timm_backbone(bare)
+        if conv and config.weights is not None and not own:
+            read_state_dict(config.weights)  # says where the file is missing or damaged
+            raise DataError(f"weights {config.weights}: expected a file of `co2s-fast pretrain`, "
+                            "which alone holds a convolutional stem")
+        if own:
+            load_strictly(backbone, read_state_dict(config.weights), config.weights)
         _override_eps(backbone, config.eps)
         loaded = checksum(backbone)
         width = backbone.widths[-1]

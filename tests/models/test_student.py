@@ -270,7 +270,7 @@ def test_learns_one_batch(config, classes):
         ({"stem": "patch"}, "skips='stem' needs stem='conv'"),
         ({"levels": (2, 1)}, "levels must rise"),
         ({"levels": (2, 4)}, "levels must name 1 maps"),
-        ({"weights": "openai"}, "stem='conv' is for training from scratch"),
+        ({"weights": "openai"}, "stem='conv' has no released weights"),
         ({"decoder": {"group_channels": 7}}, "group_channels 7 does not divide"),
         ({"rope": "bf16"}, "rope is for backbone 'timm'"),
         ({"depth": 3}, "Extra inputs"),

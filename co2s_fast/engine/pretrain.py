@@ -1,0 +1,181 @@
+"""Self-supervised pretraining of the students' backbones on the training images themselves.
+
+For students that start from random weights. Patches of an image are hidden and the backbone's
+deepest map has to give their pixels: SimMIM (Xie et al., CVPR 2022: mask in the image, one linear
+layer, L1 on hidden pixels) with the patch-wise normalised target of MAE (He et al., CVPR 2022).
+No label is read, and no validation image.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from co2s_fast.data import Batch, build_loader, load_dataset, open_split
+from co2s_fast.data.files import replacing, write_text
+from co2s_fast.engine.config import PretrainConfig, RunConfig
+from co2s_fast.engine.log import say
+from co2s_fast.engine.start import derived_seed, student_seed
+from co2s_fast.errors import DataError, UsageError
+from co2s_fast.models import Student, build_student
+from co2s_fast.models.loading import OWN_BACKBONE, checksum
+
+RECORD = "pretrain.json"
+IGNORE = 255
+
+
+def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Path]:
+    """Pretrain the backbone of every student and write `OUT/<student>.safetensors`.
+
+    The result depends on the configuration and the seed alone. It is written at the end, whole: a
+    run that is stopped leaves nothing and starts anew.
+
+    Args:
+        config: students, data, seed and the `pretrain` section of a training run. The images are
+            those that it would train on, labelled or not.
+        out: folder for the files and `pretrain.json`, which says what they come from.
+        progress: draw a bar for each student.
+
+    Returns:
+        The files, for `train --pretrained OUT`.
+
+    Raises:
+        UsageError: a student that already starts from weights, or a folder that cannot be written.
+        DataError: anything wrong with the data, or a loss that is not finite.
+    """
+    for name, student in config.students.items():
+        if student.weights is not None:
+            raise UsageError(f"pretrain: student {name} starts from weights {student.weights!r}; "
+                             "pretraining is for students that start from random ones")
+    spec = load_dataset(config.data.dataset)
+    split = open_split(config.data, spec)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output folder {out}: {error.strerror or error}") from None
+    device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu"
+                          else "cpu")  # fmt: skip
+    data = config.data.model_copy(
+        update={"batch_size": min(config.pretrain.batch_size, len(split.unlabeled)),
+                "truth": False}
+    )  # fmt: skip
+    record: dict[str, Any] = {"pretrain": config.pretrain.model_dump(), "dataset": spec.name,
+                              "seed": config.seed, "images": len(split.unlabeled),
+                              "students": {}}  # fmt: skip
+    states = {}
+    for index, (name, student_config) in enumerate(config.students.items()):
+        seed = student_seed(config.seed, index)
+        student = build_student(student_config, spec.classes, seed=seed).to(device)
+        batches = build_loader(data, spec, split, views=("x", "w"), seed=config.seed,
+                               start_step=0, total_steps=config.pretrain.steps, device=device)
+        losses = train_one(student, iter(batches), config.pretrain, device, seed=seed, name=name,
+                           progress=progress)  # fmt: skip
+        states[name] = {k: v.cpu().contiguous() for k, v in student.backbone.state_dict().items()}
+        record["students"][name] = {"model": student_config.model, "loss": losses,
+                                    "sha256": checksum(student.backbone)}
+        say(f"student {name}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at the end")
+    paths = []
+    for name, state in states.items():
+        paths.append(out / f"{name}.safetensors")
+        with replacing(paths[-1]) as temporary:
+            save_file(state, temporary, metadata=OWN_BACKBONE)
+    write_text(out / RECORD, json.dumps(record, indent=1))
+    return paths
+
+
+def train_one(
+    student: Student,
+    batches: Iterator[Batch],
+    config: PretrainConfig,
+    device: torch.device,
+    *,
+    seed: int,
+    name: str,
+    progress: bool,
+) -> list[float]:
+    """Pretrain one student's backbone in place.
+
+    Returns:
+        The mean loss of each twentieth of the steps.
+    """
+    patch, width = student.patch_size, student.backbone.widths[-1]
+    generator = torch.Generator().manual_seed(derived_seed(seed, 0x3A5))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derived_seed(seed, 0x3A6))
+        head = nn.Conv2d(width, 3 * patch * patch, 1).to(device)
+    for parameter in student.backbone.parameters():
+        parameter.requires_grad_(True)
+    parameters = [*student.backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95),
+                                  weight_decay=config.weight_decay, fused=True)  # fmt: skip
+    student.train()
+    sums, counts = [0.0] * 20, [0] * 20
+    window, window_losses = -1, []
+    bar = tqdm(range(config.steps), desc=f"pretrain {name}", unit="step", disable=not progress)
+    for step in bar:
+        batch = next(batches).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * rate(step, config)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = masked_image_loss(student, head, batch, config.mask_ratio, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        window_losses.append(loss.detach())
+        window = step * 20 // config.steps
+        if step + 1 == config.steps or (step + 1) * 20 // config.steps != window:
+            values = torch.stack(window_losses).tolist()
+            window_losses = []
+            if not all(map(math.isfinite, values)):
+                raise DataError(f"pretrain {name}: the loss is not finite at step {step + 1}; "
+                                "lower pretrain.lr")
+            sums[window] += sum(values)
+            counts[window] += len(values)
+            bar.set_postfix(loss=f"{values[-1]:.3f}")
+    return [total / count for total, count in zip(sums, counts, strict=True) if count]
+
+
+def rate(step: int, config: PretrainConfig) -> float:
+    """Factor on the learning rate: linear warm-up, then half a cosine to 0."""
+    warm = min((step + 1) / max(config.warmup_steps, 1), 1.0)
+    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+def masked_image_loss(
+    student: Student,
+    head: nn.Module,
+    batch: Batch,
+    mask_ratio: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean absolute error on the hidden patches' normalised pixels.
+
+    A patch's pixels are normalised by its own mean and deviation. Patches that touch padding are
+    neither hidden nor predicted. 0 where none is left.
+    """
+    patch = student.patch_size
+    images = batch.w.float() / 255
+    height, width = images.shape[-2] // patch * patch, images.shape[-1] // patch * patch
+    images = images[..., :height, :width]
+    grid = (len(images), 1, height // patch, width // patch)
+    hidden = (torch.rand(grid, generator=generator) < mask_ratio).to(images.device)
+    if batch.ignore is not None:
+        padding = (batch.ignore[:, None, :height, :width] == IGNORE).float()
+        hidden = hidden & (F.max_pool2d(padding, patch) == 0)
+    over = hidden.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    gray = student.mean.view(1, 3, 1, 1)
+    predicted = head(student.features(torch.where(over, gray, images))[-1]).float()
+    target = F.pixel_unshuffle(images, patch).unflatten(1, (3, -1))
+    mean, variance = target.mean((1, 2), keepdim=True), target.var((1, 2), keepdim=True)
+    target = ((target - mean) / (variance + 1e-4).sqrt()).flatten(1, 2)
+    error = (predicted - target).abs().mean(1, keepdim=True)
+    return (error * hidden).sum() / hidden.sum().clamp(min=1)

@@ -1,0 +1,86 @@
+"""Pretraining: what it learns, what it writes, that training starts from it, what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from co2s_fast.data import Batch
+from co2s_fast.engine.config import RunConfig
+from co2s_fast.engine.log import read_metrics
+from co2s_fast.engine.pretrain import masked_image_loss, pretrain
+from co2s_fast.engine.trainer import train
+from co2s_fast.errors import DataError, UsageError
+from co2s_fast.models import build_student
+from co2s_fast.models.loading import checksum
+
+
+def config_of(content, **changes) -> RunConfig:
+    return RunConfig.model_validate({**content, "pretrain": {"steps": 40, "batch_size": 8,
+                                                             "warmup_steps": 4, **changes}})
+
+
+def test_a_run_starts_from_pretrained_backbones(run_content, tmp_path) -> None:
+    content = run_content(steps=2, eval_every=2)
+    config = config_of(content)
+    paths = pretrain(config, tmp_path / "weights", progress=False)
+    assert [p.name for p in paths] == ["clip.safetensors", "ssm.safetensors"]
+    record = json.loads((tmp_path / "weights/pretrain.json").read_text())
+    for student in record["students"].values():
+        assert student["loss"][-1] < student["loss"][0]
+    again = pretrain(config, tmp_path / "again", progress=False)
+    assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
+    other = pretrain(config.model_copy(update={"seed": 1}), tmp_path / "other", progress=False)
+    assert paths[0].read_bytes() != other[0].read_bytes()
+    for name, path in zip(("clip", "ssm"), paths, strict=True):
+        content["students"] = {**content["students"],
+                               name: {**content["students"][name], "weights": str(path)}}
+    folder = train(RunConfig.model_validate(content), progress=False)
+    started = read_metrics(folder / "metrics.jsonl")[0]["students"]
+    for name, path in zip(("clip", "ssm"), paths, strict=True):
+        assert started[name]["source"] == str(path)
+        assert started[name]["sha256"] == record["students"][name]["sha256"]
+    with pytest.raises(UsageError, match="student clip starts from weights"):
+        pretrain(RunConfig.model_validate(content), tmp_path / "twice", progress=False)
+    assert not (tmp_path / "twice").exists()
+
+
+def test_weights_that_are_not_of_pretraining(run_content, tmp_path) -> None:
+    content = run_content()
+    file = tmp_path / "clip.safetensors"
+    for state, said in ((None, "no such file"), ({"a": torch.zeros(1)}, "expected a file of")):
+        if state is not None:
+            save_file(state, file)
+        content["students"]["clip"] = {**content["students"]["clip"], "weights": str(file)}
+        with pytest.raises(DataError, match=said):
+            train(RunConfig.model_validate(content), progress=False)
+    content["students"]["clip"] = {**content["students"]["clip"], "weights": None}
+
+
+def test_padding_and_visible_patches_count_for_nothing(run_content) -> None:
+    config = RunConfig.model_validate(run_content())
+    student = build_student(config.students["ssm"], [*map(_named, "ab")], seed=0)
+    patch = student.patch_size
+    head = torch.nn.Conv2d(student.backbone.widths[-1], 3 * patch * patch, 1)
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    ignore = torch.full((2, 64, 64), 255, dtype=torch.uint8)
+
+    def loss(ignore: torch.Tensor | None) -> torch.Tensor:
+        batch = Batch(x=pixels, y=ignore, w=pixels, ignore=ignore)
+        return masked_image_loss(student, head, batch, 0.5, torch.Generator().manual_seed(0))
+
+    before = checksum(student.backbone)
+    assert loss(ignore) == 0
+    assert 0.3 < loss(None) < 2
+    ignore[:, :32] = 0
+    assert loss(ignore) > 0
+    assert checksum(student.backbone) == before
+
+
+def _named(name: str):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(name=name, concepts=[name])
