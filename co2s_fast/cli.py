@@ -109,6 +109,29 @@ def pretrain(**options: Any) -> None:
         click.echo(path)
 
 
+@main.command("import-checkpoint")
+@click.argument("checkpoints", nargs=-1, required=True, type=PATH)
+@click.option("--dataset", required=True, help="The dataset the checkpoints were trained on.")
+@click.option("--data-root", type=PATH, help="Prepared dataset folder (images/, labels/, splits/).")
+@click.option("--ratio", help="Share of labelled images of the run, where it is trained on.")
+@click.option("--split", type=PATH, help="Folder with labeled.txt, unlabeled.txt and val.txt.")
+@click.option("-o", "--out", type=PATH, required=True, help="Run folder to make.")
+@one_line_errors
+def import_checkpoint(
+    checkpoints: tuple[Path, ...], dataset: str, out: Path, **options: Any
+) -> None:
+    r"""Turn the released Co2S checkpoints into a run that eval, predict and train take.
+
+    \b
+    co2s-fast import-checkpoint best_clip.pth best_dinov3.pth --dataset potsdam -o runs/released
+    co2s-fast eval runs/released
+    """
+    from co2s_fast.engine.imported import import_checkpoints
+    from co2s_fast.engine.launch import nested_options
+
+    click.echo(import_checkpoints(checkpoints, dataset, out, nested_options(options)))
+
+
 @main.command("eval")
 @click.argument("run", type=PATH)
 @click.option("--student", type=click.Choice(["clip", "ssm", "both", "all"]), default="all",

@@ -33,6 +33,7 @@ from co2s_fast.engine.evaluation import evaluate, pseudo_label_quality
 from co2s_fast.engine.interrupt import Interrupted, StopSignal, deaf_children
 from co2s_fast.engine.log import RunLog, say
 from co2s_fast.engine.meter import FiniteGuard, Meter, NonFiniteLossError
+from co2s_fast.engine.optimizer import build_optimizer
 from co2s_fast.engine.runs import (
     SPEC_FILE,
     all_finite,
@@ -173,15 +174,7 @@ class Trainer:
             )
 
     def _setup_optimizer(self) -> None:
-        train = self.config.train
-        groups = []
-        for name, student in self.students.items():
-            for group in student.parameter_groups(
-                train.lr, train.weight_decay, train.backbone_multiplier, train.decoder_multiplier
-            ):
-                label = f"{name}/{group.pop('name')}"
-                groups.append({**group, "name": label, "initial_lr": group["lr"]})
-        self.optimizer = torch.optim.AdamW(groups, betas=train.betas, eps=train.eps, fused=True)
+        self.optimizer = build_optimizer(self.students, self.config.train)
 
     def _find_state(self, resume: bool, dry_run: bool) -> dict[str, Any] | None:
         """The checkpoint to go on from; an error where the folder holds something else."""

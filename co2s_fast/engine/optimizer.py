@@ -1,0 +1,24 @@
+"""The one optimizer of a run, over the parameter groups of all its students."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from co2s_fast.engine.config import TrainConfig
+    from co2s_fast.models import Student
+
+
+def build_optimizer(students: Mapping[str, Student], train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with a group "<student>/<part>" for each part that learns, `initial_lr` beside `lr`."""
+    groups = []
+    for name, student in students.items():
+        for group in student.parameter_groups(
+            train.lr, train.weight_decay, train.backbone_multiplier, train.decoder_multiplier
+        ):
+            label = f"{name}/{group.pop('name')}"
+            groups.append({**group, "name": label, "initial_lr": group["lr"]})
+    return torch.optim.AdamW(groups, betas=train.betas, eps=train.eps, fused=True)
