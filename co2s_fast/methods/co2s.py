@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -66,10 +67,13 @@ class Co2S(UniMatch):
         weak = [views["w"] for views in logits.values()]
         if config.stability_gradient == "none":
             weak = [view.detach() for view in weak]
+        size = batch.w.shape[-2:]
+        if weak[0].shape != weak[1].shape:  # decoders of two grids, as the released ones have
+            weak = [F.interpolate(view, size, mode="bilinear") for view in weak]
         sums_and_counts = stability_terms(
             *weak,
             threshold=config.threshold,
-            size=batch.w.shape[-2:],
+            size=size,
             ignore_mask=batch.ignore if config.stability_padding == "mask" else None,
         )
         weight = cosine_ramp(step, total_steps, config.stability_weight, config.stability_ramp)

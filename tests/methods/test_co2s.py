@@ -126,3 +126,16 @@ def test_nothing_to_learn_from_is_zero_not_nan(make_method, make_batch) -> None:
 def test_needs_two_students(students) -> None:
     with pytest.raises(UsageError, match="co2s needs two, found clip"):
         Co2S({"clip": students()["clip"]}, Co2SConfig())
+
+
+def test_students_whose_decoders_have_other_grids(make_method, make_batch) -> None:
+    """As the released pair: the stability term is that of the logits at full size."""
+    method = make_method(stability_ramp=0.0).double()
+    method.students["ssm"].decoder.config = method.students["ssm"].decoder.config.model_copy(
+        update={"resize_to": (24, 24)}
+    )
+    plain = plain_co2s_losses(method, make_batch(), 7, 20)
+    fused = method(make_batch(), 7, 20)
+    for key, value in plain.items():
+        torch.testing.assert_close(fused[key], value, rtol=1e-9, atol=1e-12, msg=key)
+    assert fused["clip/stability"] + fused["ssm/stability"] > 0
