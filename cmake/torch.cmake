@@ -54,3 +54,14 @@ if(NOT pybind11_DIR)
   co2s_ask_python(pybind11_DIR "import pybind11; print(pybind11.get_cmake_dir())")
 endif()
 find_package(pybind11 CONFIG REQUIRED PATHS ${pybind11_DIR} NO_DEFAULT_PATH)
+
+# Torch's headers are most of the time that files around ops take to compile: read them once a
+# target. CMAKE_DISABLE_PRECOMPILE_HEADERS=ON does without.
+function(co2s_precompile_torch target)
+  cmake_parse_arguments(ARG "" "" "SKIP" ${ARGN})
+  target_precompile_headers(${target} PRIVATE
+    "$<$<COMPILE_LANGUAGE:CXX>:<torch/library.h$<ANGLE-R>>"
+    "$<$<COMPILE_LANGUAGE:CXX>:<ATen/Functions.h$<ANGLE-R>>"
+    "$<$<COMPILE_LANGUAGE:CXX>:<ATen/Parallel.h$<ANGLE-R>>")
+  set_source_files_properties(${ARG_SKIP} PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
+endfunction()

@@ -13,8 +13,9 @@ if(NOT MSVC)
 endif()
 
 if(CO2S_SANITIZE)
-  if(NOT CO2S_SANITIZE MATCHES "^(address|undefined)$")
-    message(FATAL_ERROR "CO2S_SANITIZE=${CO2S_SANITIZE}: expected address or undefined")
+  if(NOT CO2S_SANITIZE MATCHES "^(address|undefined|address,undefined)$")
+    message(FATAL_ERROR
+      "CO2S_SANITIZE=${CO2S_SANITIZE}: expected address, undefined or address,undefined")
   endif()
   target_compile_options(co2s_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${CO2S_SANITIZE}
     -fno-omit-frame-pointer -fno-sanitize-recover=all -g>)

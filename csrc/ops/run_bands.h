@@ -4,6 +4,7 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 
+#include "ops/borders.h"
 #include "ops/tensors.h"
 #include "ops/upsampling_plan.h"
 
@@ -29,25 +30,11 @@ GradientTensors new_gradient(const at::Tensor& logits, const PlanView<T>& plan,
           at::empty({logits.size(0), plan.bands, logits.size(1), plan.in_width}, wide)};
 }
 
-// Adds what each band left for the first source row of the next one; always in the same order.
 template <class T> void add_borders(const GradientTensors& tensors, const PlanView<T>& plan) {
   if (plan.identity || plan.bands < 2) return;
-  T* gradient = tensors.gradient.template mutable_data_ptr<T>();
-  const T* border = tensors.border.template const_data_ptr<T>();
-  const int64_t batch = tensors.gradient.size(0), classes = tensors.gradient.size(1);
-  const int64_t h = plan.in_height, w = plan.in_width;
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t band = 0; band + 1 < plan.bands; ++band) {
-      const int64_t row = plan.y_index0[plan.band_begin[band + 1]];
-      const int64_t last = plan.y_index0[plan.band_begin[band + 1] - 1];
-      if (last + 1 != row) continue; // downsampling: the bands share no row
-      for (int64_t k = 0; k < classes; ++k) {
-        T* to = gradient + ((b * classes + k) * h + row) * w;
-        const T* from = border + ((b * plan.bands + band) * classes + k) * w;
-        for (int64_t x = 0; x < w; ++x) to[x] += from[x];
-      }
-    }
-  }
+  add_borders(tensors.gradient.template mutable_data_ptr<T>(),
+              tensors.border.template const_data_ptr<T>(), tensors.gradient.size(0),
+              tensors.gradient.size(1), plan);
 }
 
 } // namespace co2s

@@ -5,17 +5,16 @@ and, where there is a GPU, tests/conformance.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from builds import REPOSITORY, cmake_build, tool
 
 from co2s_fast.ops import catalogue
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("86", "90")
 pytestmark = pytest.mark.slow
 
@@ -32,33 +31,17 @@ print(_native.build_info()["cuda_archs"])
 """
 
 
-def tool(name: str) -> str | None:
-    beside = shutil.which(name, path=str(Path(sys.executable).parent))
-    return beside or shutil.which(name)
-
-
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
+def library() -> Path:
     """`_native*.so` with CUDA; `CO2S_CUDA_BUILT` names a folder that has one already."""
     if "CO2S_CUDA_BUILT" in os.environ:
         return next(Path(os.environ["CO2S_CUDA_BUILT"]).glob("_native*.so"))
-    for name in ("nvcc", "cmake", "c++"):
-        if tool(name) is None:
-            pytest.skip(f"needs {name}")
     if torch.version.cuda is None:
         pytest.skip(f"torch {torch.__version__} was built without CUDA")
-    folder = tmp_path_factory.mktemp("cuda_build")
-    configure = [tool("cmake"), "-S", REPOSITORY, "-B", folder, "-DCO2S_WITH_CUDA=ON",
-                 "-DCO2S_WERROR=ON", f"-DCO2S_CUDA_ARCHS={';'.join(ARCHITECTURES)}",
-                 f"-DPython_EXECUTABLE={sys.executable}",
-                 f"-DCO2S_OUTPUT_DIR={folder / 'out'}"]  # fmt: skip
-    configured = subprocess.run(configure, capture_output=True, text=True, timeout=600)
-    if "their major versions have to agree" in configured.stderr:
-        pytest.skip(f"torch is for CUDA {torch.version.cuda}, nvcc of another major version")
-    assert configured.returncode == 0, configured.stdout + configured.stderr
-    build = [tool("cmake"), "--build", folder, "--target", "_native"]
-    built = subprocess.run(build, capture_output=True, text=True, timeout=5400)
-    assert built.returncode == 0, (built.stdout + built.stderr)[-5000:]
+    folder = cmake_build(
+        "cuda", ("_native",), needs=("nvcc",), CO2S_WITH_CUDA="ON", CO2S_WERROR="ON",
+        CO2S_CUDA_ARCHS=";".join(ARCHITECTURES), CO2S_X86_VARIANTS="OFF", CO2S_FEW_VARIANTS="ON",
+    )  # fmt: skip
     return next((folder / "out").glob("_native*.so"))
 
 

@@ -7,17 +7,16 @@ what nvcc makes of them, speed, and the difference between expf and the CPU's ex
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from builds import REPOSITORY, cmake_build
 
 from co2s_fast.ops import catalogue, reference
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 ALL = os.environ.get("CO2S_EMULATED_ALL") == "1"
@@ -28,20 +27,12 @@ _libraries = []
 
 
 @pytest.fixture(scope="module")
-def emulated_folder(tmp_path_factory) -> Path:
+def emulated_folder() -> Path:
     """The folder with the built module; `CO2S_EMULATED` names one that exists already."""
     if "CO2S_EMULATED" in os.environ:
         return Path(os.environ["CO2S_EMULATED"])
-    cmake = shutil.which("cmake", path=str(Path(sys.executable).parent)) or shutil.which("cmake")
-    if cmake is None or shutil.which("c++") is None:
-        pytest.skip("needs cmake and a C++ compiler")
-    folder = tmp_path_factory.mktemp("cuda_emulation")
-    configure = [cmake, "-S", REPOSITORY, "-B", folder, "-DCO2S_EMULATE_CUDA=ON",
-                 "-DCO2S_WERROR=ON", f"-DPython_EXECUTABLE={sys.executable}",
-                 f"-DCO2S_OUTPUT_DIR={folder}"]  # fmt: skip
-    subprocess.run(configure, check=True, timeout=300)
-    build = [cmake, "--build", folder, "--target", "_cuda_emulated"]
-    subprocess.run(build, check=True, timeout=3000)
+    folder = cmake_build("emulation", ("_cuda_emulated",), CO2S_EMULATE_CUDA="ON",
+                         CO2S_WERROR="ON")  # fmt: skip
     return folder / "tests" / "native" / "cuda_emulation"
 
 

@@ -12,11 +12,13 @@ template <template <class, int, bool> class Body, class T, bool Identity, class.
 void run_classes(int64_t classes, const Args&... args) {
   if constexpr (sizeof(T) == 4) {
     switch (classes) {
+    case 6: return Body<T, 6, Identity>::run(args...);
+#if !defined(CO2S_FEW_VARIANTS) // see CMakeLists.txt
     case 2: return Body<T, 2, Identity>::run(args...);
     case 5: return Body<T, 5, Identity>::run(args...);
-    case 6: return Body<T, 6, Identity>::run(args...);
     case 7: return Body<T, 7, Identity>::run(args...);
     case 8: return Body<T, 8, Identity>::run(args...);
+#endif
     default: break;
     }
   }
