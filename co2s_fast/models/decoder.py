@@ -138,7 +138,7 @@ class Upsample(nn.Module):
         # The bias between the two, which the second one's padding does not have.
         bias = self.up.bias[:, None, None].expand(-1, *size)[None]
         per_image = F.conv2d(skip, skip_weight, padding=1) + F.conv2d(bias, weight, padding=1)
-        x = (per_class.unflatten(0, (len(skip), -1)) + per_image[:, None]).flatten(0, 1)
+        x = (per_class.unflatten(0, (skip.shape[0], -1)) + per_image[:, None]).flatten(0, 1)
         x = F.relu_(self.norm1(x))
         return F.relu_(self.norm2(self.conv2(x)))
 
