@@ -183,6 +183,34 @@ def predict(run: Path, images: tuple[str, ...], **options: Any) -> None:
 
 @main.command()
 @click.argument("run", type=PATH)
+@click.option("--format", type=click.Choice(["onnx", "pt2"]), default="onnx", show_default=True,
+              help="onnx for onnxruntime and others, pt2 for torch.export.load.")
+@click.option("--student", type=click.Choice(["clip", "ssm", "both"]), default="both",
+              show_default=True, help="One student, or both fused: mean of probabilities.")
+@click.option("--output", type=click.Choice(["probabilities", "labels"]), default="probabilities",
+              show_default=True, help="labels: class of each pixel, and its probability.")
+@click.option("--tile", type=click.IntRange(min=1), metavar="PIXELS",
+              help="Side of the images the file takes. Default: the run's crop.")
+@click.option("--opset", type=click.IntRange(18), default=18, show_default=True,
+              help="ONNX operator set.")
+@checkpoint_option
+@click.option("-o", "--out", type=PATH, help="Default: RUN/export/<student>.<format>.")
+@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True,
+              help="Largest difference of a probability from the run's own that passes.")
+@one_line_errors
+def export(run: Path, **options: Any) -> None:
+    """Write the students as one ONNX or torch.export file, and compare it with the run.
+
+    The file takes uint8 images [batch, channels, tile, tile] in any number; normalisation,
+    upsampling and fusion are inside. It appears only if it predicts what the run predicts.
+    """
+    from co2s_fast.engine.export import export_run
+
+    click.echo(export_run(run, **options))
+
+
+@main.command()
+@click.argument("run", type=PATH)
 @one_line_errors
 def report(run: Path) -> None:
     """Write RUN/report.html: curves, scores, confusion matrix and pictures in one file."""

@@ -65,6 +65,12 @@ def stripes(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def tiny_students() -> dict:
+    """Two students of one block each, as a configuration has them."""
+    return STUDENTS
+
+
 @pytest.fixture
 def run_content(stripes, tmp_path):
     """Content of a whole configuration for a run of six steps, as nested dictionaries."""
