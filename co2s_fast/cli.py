@@ -58,6 +58,8 @@ def main() -> None:
 @click.option("--seed", type=int, help="Fixes splits, weights, augmentation and order.")
 @click.option("--loader", type=click.Choice(["auto", "torch", "dali"]),
               help="Input pipeline. Default: DALI on a GPU where it is installed, else torch.")
+@click.option("--compile", is_flag=True, help="torch.compile the students: the first step takes "
+              "minutes, those after it less. Same as --set train.compile=true.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change one configuration value, e.g. --set train.steps=500. Repeatable.")
 @click.option("--out", type=PATH, help="Run folder. Default: runs/<dataset>-<split>-<method>.")

@@ -81,6 +81,8 @@ def nested_options(options: dict[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {"data": data} if data else {}
     if options.get("method") is not None:
         nested["method"] = {"name": options["method"]}
+    if options.get("compile"):
+        nested["train"] = {"compile": True}
     nested |= {key: options[key] for key in ("seed", "out") if options.get(key) is not None}
     return nested
 

@@ -1,8 +1,8 @@
 """No training step makes the host wait for the device.
 
-Without a GPU: a tensor on the `meta` device has no values, so that whatever fetches one (`.item()`,
-`.tolist()`, `bool()`, `.cpu()`, indexing with a mask) raises. The trainer's own step runs on it, and
-its forward once more on tensors that pretend to be on a GPU, which take the branches for GPUs.
+Without a GPU: a tensor on the `meta` device has no values, so that whatever fetches one (`item()`,
+`tolist()`, `bool()`, `cpu()`, indexing with a mask) raises. The trainer's own step runs on it, and
+the forward once more on tensors that pretend to be on a GPU, which take the branches for GPUs.
 With a GPU: CUDA's synchronisation debug mode counts.
 """
 
