@@ -60,6 +60,11 @@ def main() -> None:
               help="Input pipeline. Default: DALI on a GPU where it is installed, else torch.")
 @click.option("--compile", is_flag=True, help="torch.compile the students: the first step takes "
               "minutes, those after it less. Same as --set train.compile=true.")
+@click.option("--class-weight", metavar="RULE|FILE",
+              help="Weights of the classes in the supervised loss: none (the default), "
+              "median-frequency (or balanced), effective-number, or a YAML or JSON file.")
+@click.option("--sampling", type=click.Choice(["uniform", "class-aware"]),
+              help="How labelled crops are chosen; class-aware: rare classes more often.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change one configuration value, e.g. --set train.steps=500. Repeatable.")
 @click.option("--out", type=PATH, help="Run folder. Default: runs/<dataset>-<split>-<method>.")

@@ -31,6 +31,9 @@ class DataConfig(BaseModel):
             batch; None: where that is a GPU.
         truth: read the labels of unlabelled images where there are any, to measure pseudo-labels.
         missing_classes: what to do about a class that no labelled image shows.
+        sampling: how labelled images and crops are chosen: "uniform" (in shuffled passes), or
+            "class-aware" (rare classes more often, see `imbalance.ClassSampler`).
+        sampling_temperature: of class-aware sampling; the smaller, the more often rare classes.
         max_damaged: training images that may turn out damaged before the run ends; until then each
             is named in the log and another takes its place (see `damage`).
     """
@@ -53,6 +56,8 @@ class DataConfig(BaseModel):
     strong_on_device: bool | None = None
     truth: bool = True
     missing_classes: Literal["error", "warn"] = "error"
+    sampling: Literal["uniform", "class-aware"] = "uniform"
+    sampling_temperature: float = Field(default=0.25, gt=0)
     max_damaged: int = Field(default=10, ge=0)
 
     @field_validator("ratio")

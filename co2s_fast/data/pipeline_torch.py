@@ -72,7 +72,7 @@ class StepDataset(Dataset):
     def _labeled(self, step: int, position: int, item: Item) -> dict[str, NDArray | str]:
         plan, image = self.plan, load_rgb(item.image)
         label = plan.label(item, image.height, image.width)
-        geometry = plan.draw(step, position, LABELED, image.height, image.width).geometry
+        geometry = plan.draw(step, position, LABELED, image.height, image.width, label).geometry
         return {"x": _channels_first(crop_image(image, geometry, plan.antialias)),
                 "y": crop_label(label, geometry), "labeled_files": item.name}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.config import DataConfig
 from co2s_fast.data.draws import LABELED, UNLABELED
 from co2s_fast.data.files import Item, load_label
+from co2s_fast.data.imbalance import ClassSampler, labeled_pixels
 from co2s_fast.data.splits import Split
 from co2s_fast.errors import DataError
 
@@ -84,6 +86,10 @@ class Plan:
         self.antialias = self.recipe.scale == "native"
         self.positions = range(rank * size // world, (rank + 1) * size // world)
         self.truth = config.truth and any(item.label for item in split.unlabeled)
+        self.sampler = None
+        if config.sampling == "class-aware":
+            pixels = labeled_pixels(split, spec)
+            self.sampler = ClassSampler(pixels, config.sampling_temperature, seed)
         self._labeled = Order(len(split.labeled), len(split.labeled), seed, LABELED)
         count = len(split.unlabeled)
         self._unlabeled = Order(count, count // size * size, seed, UNLABELED)
@@ -95,13 +101,11 @@ class Plan:
 
     def labeled(self, step: int) -> list[tuple[int, Item]]:
         """This rank's labelled images of a step, each with its position in the global batch."""
-        start = step * self.batch_size
-        return [(p, self.split.labeled[self._labeled[start + p]]) for p in self.positions]
+        return [(p, next(self.candidates(LABELED, step, p))) for p in self.positions]
 
     def unlabeled(self, step: int) -> list[tuple[int, Item]]:
         """This rank's unlabelled images of a step; none where no view of them is asked for."""
-        start = step * self.batch_size
-        return [(p, self.split.unlabeled[self._unlabeled[start + p]])
+        return [(p, next(self.candidates(UNLABELED, step, p)))
                 for p in self.positions if self.has_unlabeled]
 
     def count(self, stream: int) -> int:
@@ -112,18 +116,34 @@ class Plan:
         """The image of a place, then without end those that take its place where it is damaged.
 
         They are what the following batches have at that position: never twice the same one within
-        a batch, unless a pass ends there.
+        a batch, unless a pass ends there. Class-aware, other images of the class come first.
         """
         items, order = self.split.labeled, self._labeled
         if stream == UNLABELED:
             items, order = self.split.unlabeled, self._unlabeled
+        elif self.sampler is not None:
+            yield from (items[i] for i in self.sampler.images(step, position))
         for later in itertools.count(step):
             yield items[order[later * self.batch_size + position]]
 
-    def draw(self, step: int, position: int, stream: int, height: int, width: int) -> D.Draws:
-        """All choices for the image at a position: LABELED its crop, UNLABELED views and boxes."""
+    def draw(self, step: int, position: int, stream: int, height: int, width: int,
+             label: NDArray[np.uint8] | None = None) -> D.Draws:
+        """All choices for the image at a position: LABELED its crop, UNLABELED views and boxes.
+
+        Args:
+            step: of the batch.
+            position: in the global batch.
+            stream: LABELED or UNLABELED.
+            height: rows of the image.
+            width: columns of the image.
+            label: of a labelled image [height, width]: class-aware sampling places the crop by it.
+        """
         rng = D.generator(self.seed, step, position, stream)
-        return D.draw(rng, height, width, self.recipe, strong=stream == UNLABELED)
+        drawn = D.draw(rng, height, width, self.recipe, strong=stream == UNLABELED)
+        if stream == LABELED and self.sampler is not None and label is not None:
+            placed = self.sampler.place(drawn.geometry, label, step, position)
+            return replace(drawn, geometry=placed)
+        return drawn
 
     def label(self, item: Item, height: int, width: int) -> NDArray[np.uint8]:
         """The label of an image of that size.

@@ -41,8 +41,8 @@ def crop_image(image: Image.Image, geometry: Geometry, antialias: bool) -> Image
 
 def crop_label(label: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
     """The crop of a label by nearest neighbour, 255 in the padding."""
-    rows = _nearest(label.shape[0], geometry.height, geometry.top, geometry.valid_height)
-    columns = _nearest(label.shape[1], geometry.width, geometry.left, geometry.valid_width)
+    rows = nearest_pixels(label.shape[0], geometry.height, geometry.top, geometry.valid_height)
+    columns = nearest_pixels(label.shape[1], geometry.width, geometry.left, geometry.valid_width)
     crop = label[rows][:, columns]
     out = np.full((geometry.crop, geometry.crop), IGNORE, np.uint8)
     out[: crop.shape[0], : crop.shape[1]] = crop
@@ -77,7 +77,7 @@ def source_box(
     return (width, height), box
 
 
-def _nearest(source: int, target: int, start: int, count: int) -> NDArray[np.intp]:
+def nearest_pixels(source: int, target: int, start: int, count: int) -> NDArray[np.intp]:
     """Source pixel that holds each target pixel's centre, in whole numbers: no rounding."""
     return (2 * np.arange(start, start + count) + 1) * source // (2 * target)
 

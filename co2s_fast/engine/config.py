@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from co2s_fast.data import DataConfig, dataset_names
+from co2s_fast.data.imbalance import read_class_weight
 from co2s_fast.engine.evaluation import EvalConfig
 from co2s_fast.errors import UsageError
 from co2s_fast.methods import METHODS, get_method
@@ -42,6 +43,11 @@ class TrainConfig(_Strict):
         device: "auto" takes CUDA where there is one.
         precision: "auto" is bfloat16 autocast on CUDA and float32 on the CPU.
         channels_last, compile: memory layout and torch.compile of the students.
+        class_weight: weights of the classes in the supervised loss: "none", "median-frequency"
+            (also called "balanced"), "effective-number", a YAML or JSON file of a weight for each
+            class name, or its content (which is what config.yaml keeps); see
+            `data.imbalance.class_weights`.
+        class_weight_beta: β of "effective-number"; None: from the mean labelled image.
         log_every: steps between log records.
         eval_every: steps between evaluations; None: once an epoch.
         save_every: steps between writes of `last`; None: at every evaluation.
@@ -67,6 +73,8 @@ class TrainConfig(_Strict):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = False
     compile: bool = False
+    class_weight: str | dict[str, float] = "none"
+    class_weight_beta: float | None = Field(default=None, ge=0, lt=1)
     log_every: int = Field(default=20, ge=1)
     eval_every: int | None = Field(default=None, ge=1)
     save_every: int | None = Field(default=None, ge=1)
@@ -74,6 +82,11 @@ class TrainConfig(_Strict):
     debug_steps: int = Field(default=2, ge=0)
     deterministic: bool = False
     tensorboard: bool = True
+
+    @field_validator("class_weight", mode="before")
+    @classmethod
+    def _read_class_weight(cls, value: Any) -> str | dict[str, float]:
+        return read_class_weight(value)
 
     @model_validator(mode="after")
     def _has_one_length(self) -> TrainConfig:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from co2s_fast.data.damage import Damaged, too_many
 from co2s_fast.engine.distributed import gather_objects
+from co2s_fast.engine.log import RunLog
 from co2s_fast.errors import DataError
 
 
@@ -31,21 +31,25 @@ class DamageTally:
         """Whether this rank has met something that `settle` has not seen."""
         return bool(self._met)
 
-    def settle(self) -> list[dict[str, Any]]:
-        """Records of the files that are new to all ranks, in order; every rank must call."""
+    def settle(self, log: RunLog | None) -> None:
+        """Name the files that are new to all ranks in the log; every rank must call.
+
+        Raises:
+            DataError: there are more than the limit; lists them.
+        """
         met = sorted((step, each.file, each.reason)
                      for found in gather_objects(self._met) for step, each in found)
         self._met = []
-        records = []
         for step, file, reason in met:
-            if file not in self.known:
-                self.known[file] = reason
-                records.append({"kind": "damaged", "step": step, "file": file, "reason": reason,
-                                "count": len(self.known), "limit": self.limit})
-        return records
-
-    def check(self) -> None:
-        """Raise a DataError that lists the files if there are more than the limit."""
+            if file in self.known:
+                continue
+            self.known[file] = reason
+            count = len(self.known)
+            if log is not None:
+                log.tell({"kind": "damaged", "step": step, "file": file, "reason": reason,
+                          "count": count, "limit": self.limit},
+                         f"damaged file {count} (of {self.limit} allowed), skipped from step "
+                         f"{step} on: {reason}")
         if len(self.known) > self.limit:
             raise DataError(too_many(list(self.known.values()), self.limit))
 

@@ -76,13 +76,16 @@ def nested_options(options: dict[str, Any]) -> dict[str, Any]:
         "labels": options.get("labels"),
         "split": options.get("split"),
         "loader": options.get("loader"),
+        "sampling": options.get("sampling"),
     }
     data = {key: value for key, value in data.items() if value is not None}
     nested: dict[str, Any] = {"data": data} if data else {}
     if options.get("method") is not None:
         nested["method"] = {"name": options["method"]}
-    if options.get("compile"):
-        nested["train"] = {"compile": True}
+    train = {"compile": True} if options.get("compile") else {}
+    if options.get("class_weight") is not None:
+        train["class_weight"] = options["class_weight"]
+    nested |= {"train": train} if train else {}
     nested |= {key: options[key] for key in ("seed", "out") if options.get(key) is not None}
     return nested
 

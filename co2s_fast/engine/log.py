@@ -67,6 +67,11 @@ class RunLog:
             for name, value in scalars(record):
                 self._board.add_scalar(name, value, record["step"])
 
+    def tell(self, record: Mapping[str, Any], text: str) -> None:
+        """Append a record of something that happened once, and print it."""
+        self.write(record)
+        say(text)
+
     def close(self) -> None:
         """Flush everything to disk."""
         os.fsync(self._file.fileno())

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from co2s_fast import ops
+from co2s_fast.data.imbalance import BALANCED, ClassSampler
 from co2s_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def describe(trainer: Trainer) -> dict[str, Any]:
             for name, student in trainer.students.items()
         },
         "labeled_pixels": pixels,
+        "class_weight": weighting(trainer),
+        "sampling": sampling(trainer),
         "notes": list(split.notes),
         "warnings": warnings,
         "config": trainer.config.model_dump(mode="json"),
@@ -90,7 +93,34 @@ def headline(trainer: Trainer, record: dict[str, Any]) -> str:
     total = sum(record["labeled_pixels"].values()) or 1
     shares = [f"{name} {100 * n / total:.1f} %" for name, n in record["labeled_pixels"].items()]
     lines.append(f"labelled pixels: {', '.join(shares)}")
+    weights, chosen = record["class_weight"], record["sampling"]
+    if weights["weights"]:
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in weights["weights"].items())
+        lines.append(f"class weights in the supervised loss ({weights['rule']}): {shown}")
+    if chosen["classes"]:
+        shown = ", ".join(f"{name} {100 * p:.1f} %" for name, p in chosen["classes"].items())
+        lines.append(f"labelled crops by class ({chosen['rule']}): {shown}")
     return "\n".join(lines)
+
+
+def weighting(trainer: Trainer) -> dict[str, Any]:
+    """Rule and weights of the classes in the supervised loss."""
+    rule, beta = trainer.config.train.class_weight, trainer.config.train.class_weight_beta
+    weights = trainer.class_weight
+    named = {} if weights is None else dict(
+        zip(trainer.spec.class_names, weights.tolist(), strict=True))
+    name = "given" if isinstance(rule, dict) else BALANCED if rule == "balanced" else rule
+    return {"rule": name, "beta": beta, "weights": named}
+
+
+def sampling(trainer: Trainer) -> dict[str, Any]:
+    """Rule of the labelled crops, and the probability that each class is asked for."""
+    data = trainer.config.data
+    if data.sampling == "uniform":
+        return {"rule": data.sampling, "classes": {}}
+    sampler = ClassSampler(trainer.split.pixels, data.sampling_temperature, trainer.config.seed)
+    odds = dict(zip(trainer.spec.class_names, sampler.probabilities.tolist(), strict=True))
+    return {"rule": data.sampling, "temperature": data.sampling_temperature, "classes": odds}
 
 
 def device_name(device: torch.device) -> str:

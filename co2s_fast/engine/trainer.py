@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,32 +17,29 @@ from co2s_fast import ops
 from co2s_fast.data import Batch, load_dataset, open_split, steps_per_epoch
 from co2s_fast.data.damage import Damaged
 from co2s_fast.data.files import write_text
+from co2s_fast.data.imbalance import class_weights, labeled_pixels
 from co2s_fast.data.loader import build_loader, choose_loader
 from co2s_fast.data.validation import val_dataset
 from co2s_fast.engine import checkpoint, distributed, start
-from co2s_fast.engine.config import (
-    CONFIG_FILE,
-    RunConfig,
-    differences,
-    dump_config,
-    read_run_config,
-)
+from co2s_fast.engine.collapse import CollapseWatch
+from co2s_fast.engine.config import CONFIG_FILE, RunConfig, dump_config
 from co2s_fast.engine.damage import DamageTally
 from co2s_fast.engine.evaluation import evaluate, pseudo_label_quality
 from co2s_fast.engine.interrupt import Interrupted, StopSignal, deaf_children
 from co2s_fast.engine.log import RunLog, say
 from co2s_fast.engine.meter import FiniteGuard, Meter, NonFiniteLossError
+from co2s_fast.engine.opening import can_resume, open_device, state_to_resume
 from co2s_fast.engine.optimizer import build_optimizer
 from co2s_fast.engine.runs import (
     SPEC_FILE,
     all_finite,
-    check_classes,
     checkpoint_folder,
     dump_spec,
     run_state,
     student_arrays,
 )
 from co2s_fast.engine.schedule import poly_factor, set_learning_rates
+from co2s_fast.engine.window import train_record
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.methods import get_method
 from co2s_fast.models import build_student
@@ -98,39 +94,25 @@ class Trainer:
         """Build everything; errors in configuration and data surface here."""
         self._setup_device()
         self._setup_data(resume)
-        state = self._find_state(resume, dry_run)
+        state = state_to_resume(self.config, self.spec, resume=resume, dry_run=dry_run)
         self._setup_students()
         self._setup_optimizer()
         if not dry_run:
             self._setup_folder()
         if state is not None:
             self._restore(state)
+        self.method.weigh_classes(self.class_weight)
         if not dry_run:
             self._setup_log(state)
 
     def _setup_device(self) -> None:
-        train = self.config.train
-        cuda = torch.cuda.is_available()
-        if train.device == "cuda" and not cuda:
-            raise UsageError("train.device: cuda was asked for, but torch sees no CUDA GPU")
-        kind = "cuda" if cuda and train.device != "cpu" else "cpu"
-        self.ranks = distributed.start(kind)
-        self.device = torch.device(kind, self.ranks.local_rank if kind == "cuda" else None)
-        half = train.precision == "bfloat16" or (train.precision == "auto" and kind == "cuda")
-        self.autocast = torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
-        self.guard = FiniteGuard(eager=kind == "cpu" and self.ranks.world == 1)
+        self.ranks, self.device, self.autocast = open_device(self.config.train)
+        self.guard = FiniteGuard(eager=self.device.type == "cpu" and self.ranks.world == 1)
         torch.manual_seed(self.config.seed)
-        if kind == "cuda":
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.benchmark = not train.deterministic
-        if train.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
 
     def _setup_data(self, resume: bool) -> None:
         data = self.config.data
-        last = checkpoint_folder(self.folder, "last") / checkpoint.STATE_FILE
-        use = "resume" if resume and last.is_file() else "train"
+        use = "resume" if resume and can_resume(self.folder) else "train"
         self.loader = choose_loader(data, self.device)
         self.spec = load_dataset(data.dataset)
         if self.ranks.is_main:  # the first process may generate data or write a split
@@ -147,6 +129,15 @@ class Trainer:
         self.probe_damage: list[Damaged] = []
         self.probe = (val_dataset(known, self.spec, data, self.probe_damage)
                       if train.probe_images else [])
+        self._count_classes()
+
+    def _count_classes(self) -> None:
+        """What follows from the labelled pixels of each class."""
+        train, names = self.config.train, self.spec.class_names
+        pixels = labeled_pixels(self.split, self.spec)
+        self.class_weight = class_weights(train.class_weight, pixels, names,
+                                          train.class_weight_beta)
+        self.collapse = CollapseWatch(names, pixels.sum(0).tolist())
 
     def _setup_students(self) -> None:
         config, train = self.config, self.config.train
@@ -175,25 +166,6 @@ class Trainer:
 
     def _setup_optimizer(self) -> None:
         self.optimizer = build_optimizer(self.students, self.config.train)
-
-    def _find_state(self, resume: bool, dry_run: bool) -> dict[str, Any] | None:
-        """The checkpoint to go on from; an error where the folder holds something else."""
-        last = checkpoint_folder(self.folder, "last")
-        if not resume:
-            if (self.folder / CONFIG_FILE).exists() and not dry_run:
-                raise UsageError(
-                    f"{self.folder} already holds a run; give --resume to continue it, or "
-                    "another --out"
-                )
-            return None
-        if not (last / checkpoint.STATE_FILE).is_file():
-            return None
-        state = checkpoint.read_state(last)
-        check_classes(state, self.spec, last)
-        changed = differences(read_run_config(self.folder), self.config)
-        if changed:
-            raise UsageError(f"--resume: cannot continue {self.folder}: {'; '.join(changed)}")
-        return state
 
     def _setup_folder(self) -> None:
         distributed.wait_for_all()  # every rank has looked for a former run by now
@@ -235,6 +207,11 @@ class Trainer:
         checkpoint.unpack_rng(checkpoint.read_arrays(folder, state, "rng"), state["rng"])
         self.step, self.best = state["step"], state["best"]
         self.damage.restore(state.get("damaged", {}))
+        # As counted when the run began: a label that has broken since must change nothing.
+        if "split" in state["files"]:  # an imported checkpoint was never trained here
+            self.split.pixels = checkpoint.read_arrays(folder, state, "split")["pixels"].numpy()
+            self._count_classes()
+            self.collapse.restore(state["collapse"])
         # The saved sums are over all ranks: one of them takes them up again.
         sums = state["window"]["sums"] if self.ranks.is_main else {}
         self.meter.restore(state["window"]["steps"], sums)
@@ -278,7 +255,7 @@ class Trainer:
             ops.debug_checks(False)
         # Whatever still draws from torch's own generator is then a function of the step, too.
         torch.manual_seed(start.step_seed(self.config.seed, self.step, self.ranks.rank))
-        set_learning_rates(self.optimizer, self._lr_factor(self.step))
+        set_learning_rates(self.optimizer, self.lr_factor(self.step))
         with self.autocast:
             outputs = self.step_module(batch, self.step, self.total_steps)
         self.guard.watch(self.step, outputs, [*batch.labeled_files, *batch.unlabeled_files])
@@ -289,7 +266,8 @@ class Trainer:
         self.meter.add(outputs)
         self.step += 1
 
-    def _lr_factor(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
+        """Factor on every learning rate at a step."""
         train = self.config.train
         return poly_factor(step, self.total_steps, train.power, train.warmup_steps)
 
@@ -300,7 +278,7 @@ class Trainer:
         evaluates = self.step % self.eval_every == 0 or last
         saves = evaluates or (train.save_every is not None and self.step % train.save_every == 0)
         if logs or saves or (self.ranks.world == 1 and self.damage.pending):
-            self._settle_damage()
+            self.damage.settle(self.log)
         if logs:
             self._log_step(bar)
         if evaluates:
@@ -308,36 +286,18 @@ class Trainer:
         if saves:
             self._save_last()
 
-    def _settle_damage(self) -> None:
-        """Name the damaged files met since the last call; above the limit the run ends here."""
-        for record in self.damage.settle():
-            if self.log is not None:
-                self.log.write(record)
-                say("damaged file {count} (of {limit} allowed), skipped from step {step} on: "
-                    "{reason}".format(**record))
-        self.damage.check()
-
     def _log_step(self, bar: tqdm) -> None:
         if self.meter.steps == 0:
             return
         self.guard.check()
-        sums, steps = self.meter.fetch(), self.meter.steps
+        record, warnings = train_record(self)
         self.meter.reset()
-        seconds = time.perf_counter() - self.window_start
-        images = len({"x", "w"} & self.method.views) * self.config.data.batch_size
-        record: dict[str, Any] = {"kind": "train", "step": self.step, "epoch": self._epoch()}
-        counted = {key for pair in self.method.ratios().values() for key in pair}
-        record |= {f"loss/{k}": v / steps for k, v in sums.items() if k not in counted}
-        for name, (part, whole) in self.method.ratios().items():
-            record[name] = sums[part] / sums[whole] if sums.get(whole) else None
-        factor = self._lr_factor(self.step - 1)
-        record |= {f"lr/{g['name']}": g["initial_lr"] * factor for g in self.optimizer.param_groups}
-        record["images_per_s"] = images * steps / seconds
-        record["data_wait_s"] = self.waited_s
-        record["damaged_files"] = len(self.damage.known)
         if self.log is not None:
             self.log.write(record)
-        total = sum(value for key, value in sums.items() if key.endswith("/total")) / steps
+            for text in warnings:
+                self.log.tell({"kind": "warning", "step": self.step, "text": text},
+                              f"warning: {text}")
+        total = sum(v for k, v in record.items() if k.startswith("loss/") and k.endswith("/total"))
         self._show(bar, loss=f"{total:.3f}", img_s=f"{record['images_per_s']:.1f}")
         self.window_start, self.waited_s = time.perf_counter(), 0.0
 
@@ -357,7 +317,7 @@ class Trainer:
             )  # fmt: skip
             self.damage.meet(self.step, self.probe_damage)
             self.probe_damage.clear()
-            self._settle_damage()
+            self.damage.settle(self.log)
         self.method.train()
         self.window_start += time.perf_counter() - began  # images/s is of training alone
         mious = {name: metrics.miou for name, metrics in scores.items()}
@@ -365,7 +325,7 @@ class Trainer:
         score = sum(value or 0.0 for value in mious.values()) / len(mious)
         if self.log is not None:
             students = {n: m.to_dict(confusion=False) for n, m in scores.items()}
-            self.log.write({"kind": "eval", "step": self.step, "epoch": self._epoch(),
+            self.log.write({"kind": "eval", "step": self.step, "epoch": self.epoch,
                             "score": score, "students": students, "pseudo": pseudo,
                             "seconds": time.perf_counter() - began})  # fmt: skip
         if self.best["score"] is None or score > self.best["score"]:
@@ -376,13 +336,15 @@ class Trainer:
     def _save_last(self) -> None:
         tensors, structure = checkpoint.pack_optimizer(self.optimizer)
         random_tensors, random_rest = checkpoint.pack_rng()
-        arrays = {**student_arrays(self.students), "optimizer": tensors, "rng": random_tensors}
+        arrays = {**student_arrays(self.students), "optimizer": tensors, "rng": random_tensors,
+                  "split": {"pixels": torch.from_numpy(self.split.pixels)}}
         if own := self.method.own_state():
             arrays["method"] = own
         window = {"steps": self.meter.steps, "sums": self.meter.fetch()}
         self._write("last", arrays, {"optimizer": structure, "rng": random_rest,
                                      "best": self.best, "window": window,
-                                     "damaged": self.damage.known})  # fmt: skip
+                                     "damaged": self.damage.known,
+                                     "collapse": self.collapse.state()})  # fmt: skip
 
     def _write(self, which: str, arrays: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
         """Write a checkpoint, once it is known that nothing in it is NaN."""
@@ -394,7 +356,7 @@ class Trainer:
             )
         problem = None
         if self.ranks.is_main:
-            progress = {"step": self.step, "epoch": self._epoch(), "total_steps": self.total_steps}
+            progress = {"step": self.step, "epoch": self.epoch, "total_steps": self.total_steps}
             common = run_state(self.config, self.spec, self.students) | progress
             try:
                 folder = checkpoint_folder(self.folder, which)
@@ -407,14 +369,16 @@ class Trainer:
 
     def _save_and_stop(self) -> None:
         """Save what there is and leave."""
-        self._settle_damage()
+        self.damage.settle(self.log)
         self._save_last()
         number = self.stop.received or 15  # another rank's signal is the launcher's SIGTERM
         if self.ranks.is_main:
             say(f"stopped by signal {number} after step {self.step}; --resume continues from there")
         raise Interrupted(128 + number)
 
-    def _epoch(self) -> float:
+    @property
+    def epoch(self) -> float:
+        """Passes over the unlabelled images so far."""
         return self.step / self.steps_per_epoch
 
     def _show(self, bar: tqdm, **values: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -37,6 +37,7 @@ class Method(nn.Module, ABC):
         seed: fixes what the method draws itself; every draw is a function of (seed, step).
     """
 
+    class_weight: Tensor | None
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
     views: ClassVar[frozenset[str]]
@@ -49,6 +50,20 @@ class Method(nn.Module, ABC):
         self.students = nn.ModuleDict(dict(students))
         self.config = config
         self.seed = seed
+        # Not in the state: a resumed run computes it again from the same counts.
+        self.register_buffer("class_weight", None, persistent=False)
+
+    def weigh_classes(self, weights: Sequence[float] | None) -> None:
+        """Weigh the classes in L_sup, and there only; pseudo-labels keep weight 1.
+
+        Args:
+            weights: one a class, mean 1 over the labelled pixels; None: all 1.
+        """
+        device = next(self.parameters()).device
+        self.class_weight = (
+            None if weights is None
+            else torch.tensor(list(weights), dtype=torch.float32, device=device)
+        )  # fmt: skip
 
     @abstractmethod
     def forward(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
@@ -56,7 +71,7 @@ class Method(nn.Module, ABC):
 
         Returns:
             "loss", to be backpropagated; "<student>/<term>" and "<student>/total", detached, this
-            rank's share of the global value; counts named in `ratios`.
+            rank's share of the global value; counts named in `ratios` and `class_counts`.
         """
 
     def losses(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
@@ -71,6 +86,10 @@ class Method(nn.Module, ABC):
         """Logged ratios of counts: name -> (key of the numerator, key of the denominator)."""
         return {}
 
+    def class_counts(self) -> dict[str, list[str]]:
+        """Keys of the counts of pseudo-labelled pixels, one a class, by student."""
+        return {}
+
     def check_batch(self, batch_size: int, world: int) -> list[str]:
         """Look at the global batch before the run.
 
@@ -83,8 +102,13 @@ class Method(nn.Module, ABC):
         return []
 
     def add_supervised(self, terms: LossTerms, name: str, logits: Tensor, target: Tensor) -> None:
-        """L_sup, the mean cross entropy over the labelled pixels, into `terms`."""
-        total, valid, _ = masked_cross_entropy_terms(logits, target)
+        """L_sup, the mean cross entropy over the labelled pixels, into `terms`.
+
+        Class weights multiply the sum; the divisor stays the count of labelled pixels.
+        """
+        total, valid, _ = masked_cross_entropy_terms(
+            logits, target, class_weight=self.class_weight
+        )
         terms.add(f"{name}/x", self.config.supervised_weight, total, valid)
 
 

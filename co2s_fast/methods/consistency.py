@@ -141,7 +141,7 @@ class ConsistencyMethod(Method):
     def count_pseudo_labels(
         self, name: str, confidence: Tensor, label: Tensor, batch: Batch
     ) -> dict[str, Tensor]:
-        """Counts behind coverage and, where labels are known, pseudo-label accuracy (Eq. 12)."""
+        """Counts behind coverage, classes of pseudo-labels and, with labels, accuracy (Eq. 12)."""
         confident = confidence >= self.config.threshold
         valid = torch.ones_like(confident) if batch.ignore is None else batch.ignore != IGNORE
         confident = confident & valid
@@ -150,7 +150,18 @@ class ConsistencyMethod(Method):
             known = confident & (batch.truth != IGNORE)
             counts[f"{name}/pseudo_known"] = known.sum()
             counts[f"{name}/pseudo_correct"] = (known & (label == batch.truth)).sum()
+        # One pass a class over bytes: no synchronisation, and no atomics on a handful of addresses.
+        chosen = torch.where(confident, label, IGNORE).to(torch.uint8)
+        for index, key in enumerate(self.class_counts()[name]):
+            counts[key] = (chosen == index).sum()
         return counts
+
+    def class_counts(self) -> dict[str, list[str]]:
+        """See `Method.class_counts`."""
+        return {
+            name: [f"{name}/pseudo_class_{k}" for k in range(student.num_classes)]
+            for name, student in self.students.items()
+        }
 
     def ratios(self) -> dict[str, tuple[str, str]]:
         """Coverage (share of valid pixels over τ) and pseudo-label accuracy of each student."""

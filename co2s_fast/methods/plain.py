@@ -56,7 +56,9 @@ def plain_co2s_losses(
         confidence, label = logits["w"].detach().softmax(1).max(1)
         target = batch.y.long()
         taken = target != IGNORE
-        result[f"{name}/x"] = masked_mean(logits["x"], target, taken, taken)
+        result[f"{name}/x"] = masked_mean(
+            logits["x"], target, taken, taken, method.class_weight
+        )
         taken = confidence >= config.threshold
         result[f"{name}/fp"] = masked_mean(logits["fp"], label, valid & taken, valid)
         for view, mask in inside.items():
@@ -100,10 +102,14 @@ def perturbed(method: Co2S, index: int, student: Student, images: Tensor, step: 
     return student.decode(tuple(dropped))
 
 
-def masked_mean(logits: Tensor, target: Tensor, taken: Tensor, counted: Tensor) -> Tensor:
+def masked_mean(
+    logits: Tensor, target: Tensor, taken: Tensor, counted: Tensor, weight: Tensor | None = None
+) -> Tensor:
     """Cross entropy summed over `taken`, divided by the number of `counted`; 0 of none is 0."""
     # 255 is no class: such pixels are never taken, and any class will do for them.
-    loss = F.cross_entropy(logits, target.masked_fill(target == IGNORE, 0), reduction="none")
+    known = target.masked_fill(target == IGNORE, 0)
+    weight = None if weight is None else weight.to(logits.dtype)
+    loss = F.cross_entropy(logits, known, weight, reduction="none")
     return (loss * taken).sum() / counted.sum().clamp(min=1)
 
 

@@ -47,6 +47,8 @@ def test_two_processes_have_the_gradients_of_one(run_content, tmp_path) -> None:
     content = run_content()
     # so low that untrained students have pseudo-labels, and in different numbers per rank
     content["method"] |= {"threshold": 0.36, "distribution_alignment": 1.0}
+    content["train"]["class_weight"] = "balanced"
+    content["data"]["sampling"] = "class-aware"
     config = write_config(tmp_path / "config.yaml", content)
     found = {}
     for processes in (1, 2):

@@ -23,6 +23,8 @@ def gradients(method: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 )
 def test_equals_the_plain_step(make_method, make_batch, options) -> None:
     method = make_method(stability_ramp=0.0, **options).double()
+    if options:
+        method.weigh_classes([0.25, 1.5, 4.0])
     plain = plain_co2s_losses(method, make_batch(), 7, 20)
     expected = gradients(method, plain["loss"])
     fused = method(make_batch(), 7, 20)
@@ -46,6 +48,7 @@ class Stub(nn.Module):
 
     def __init__(self, weak: torch.Tensor) -> None:
         super().__init__()
+        self.num_classes = weak.shape[1]
         self.logits = nn.Parameter(torch.cat([torch.zeros_like(weak), weak,
                                               *[torch.zeros_like(weak)] * 3]))  # fmt: skip
 

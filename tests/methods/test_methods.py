@@ -48,6 +48,30 @@ def test_onlysup_is_cross_entropy_over_valid_pixels(make_method, make_batch) -> 
     assert method.views == {"x"}
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_class_weights_are_felt_by_labelled_pixels_alone(make_method, make_batch, name) -> None:
+    """Weighted cross entropy over the count of valid pixels; every other term as without."""
+    weights = [0.25, 1.5, 4.0]
+    plain, weighted = make_method(name), make_method(name)
+    weighted.weigh_classes(weights)
+    before, after = plain(make_batch(), 3, 10), weighted(make_batch(), 3, 10)
+    batch = make_batch()
+    target = batch.y.long()
+    for student, network in weighted.students.items():
+        logits = F.interpolate(network(batch.x), target.shape[1:], mode="bilinear")
+        loss = F.cross_entropy(logits, target, torch.tensor(weights), ignore_index=255,
+                               reduction="none")  # fmt: skip
+        expected = loss.sum() / (target != 255).sum()
+        torch.testing.assert_close(after[f"{student}/x"], expected.detach(), rtol=2e-5, atol=0)
+        assert not torch.isclose(after[f"{student}/x"], before[f"{student}/x"], rtol=1e-3)
+    for key in before.keys() - {"loss"}:
+        if not key.endswith(("/x", "/total")):
+            assert torch.equal(before[key], after[key]), key
+    assert "class_weight" not in weighted.state_dict()
+    weighted.weigh_classes(None)
+    assert weighted(make_batch(), 3, 10)["loss"] == before["loss"]
+
+
 def test_unimatch_is_co2s_without_the_stability_term(make_method, make_batch) -> None:
     co2s, unimatch = make_method("co2s", stability_weight=0.0), make_method("unimatch")
     first, second = co2s(make_batch(), 3, 10), unimatch(make_batch(), 3, 10)
@@ -77,6 +101,10 @@ def test_pseudo_label_counts(make_method, make_batch) -> None:
                               ("correct", right)):  # fmt: skip
             # a pixel right at the threshold may fall on either side of it
             assert abs(int(out[f"{name}/pseudo_{key}"]) - int(expected.sum())) <= 2
+        by_class = [int(out[key]) for key in method.class_counts()[name]]
+        assert sum(by_class) == int(out[f"{name}/pseudo_confident"])
+        for k, count in enumerate(by_class):
+            assert abs(count - int((sure & (label == k)).sum())) <= 2
 
 
 def test_counts_of_correct_labels_need_labels(make_method, make_batch) -> None:

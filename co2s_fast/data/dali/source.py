@@ -49,13 +49,14 @@ def step_arrays(plan: Plan, stream: int, step: int, position: int,
         DataError: a file that is missing, damaged or not what it should be.
     """
     encoded, (height, width) = encoded_image(item.image, item.image in left_to_pillow)
-    drawn = plan.draw(step, position, stream, height, width)
+    label = plan.label(item, height, width) if stream == LABELED else None
+    drawn = plan.draw(step, position, stream, height, width, label)
     geometry = drawn.geometry
     prefix = "x" if stream == LABELED else "u"
     arrays = {f"{prefix}_{key}": value for key, value in
               {"image": encoded, **geometry_arrays(geometry, height, width)}.items()}
-    if stream == LABELED:
-        arrays["y"] = crop_label(plan.label(item, height, width), geometry)
+    if label is not None:
+        arrays["y"] = crop_label(label, geometry)
         return arrays
     arrays["ignore"] = padding_map(geometry)
     if plan.truth:
