@@ -157,6 +157,20 @@ def test_data_errors(prepared: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_rare_classes(prepared: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.yaml"
+    weights.write_text("grass: 1\nsand: 3\n")
+    out = tmp_path / "run"
+    result = train(prepared, out, "--class-weight", weights, "--sampling", "class-aware")
+    assert result.exit_code == 0, (result.output, result.exception)
+    start = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert start["class_weight"]["weights"]["sand"] > start["class_weight"]["weights"]["grass"]
+    assert start["sampling"]["rule"] == "class-aware"
+    weights.write_text("grass: 1\nsnow: 3\n")
+    failed(train(prepared, tmp_path / "no", "--class-weight", weights), 2, "sand", "snow")
+    failed(train(prepared, tmp_path / "no", "--class-weight", "heavy"), 2, "heavy", "balanced")
+
+
 def test_a_deep_check_writes_a_report(prepared: Path, tmp_path: Path) -> None:
     result = call("data", "check", prepared, "--deep", "--workers", 1)
     assert result.exit_code == 0, (result.output, result.exception)

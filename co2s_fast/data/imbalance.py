@@ -103,13 +103,14 @@ def class_weights(rule: str | Mapping[str, float], pixels: NDArray[np.int64],
     """
     if rule == "none":
         return None
+    given = _by_name(rule, names) if isinstance(rule, Mapping) else None
     if not pixels.any():
         return np.ones(len(names))
     total = pixels.sum(0)
     seen = total > 0
     weights = np.ones(len(names))
-    if isinstance(rule, Mapping):
-        weights[:] = _by_name(rule, names)
+    if given is not None:
+        weights[:] = given
     elif rule in ("balanced", "median-frequency"):
         around = ((pixels > 0) * pixels.sum(1, keepdims=True)).sum(0)
         frequency = total[seen] / around[seen]

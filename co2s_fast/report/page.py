@@ -127,6 +127,12 @@ def header_facts(run: Run) -> list[str]:
 def notes(run: Run) -> list[str]:
     """What is missing or deserves a warning, in sentences."""
     said = [str(warning) for warning in run.start.get("warnings", [])]
+    said += [f"Step {event['step']:,}: {event['text']}" for event in run.events
+             if event["kind"] == "warning"]
+    damaged = [str(event["reason"]) for event in run.events if event["kind"] == "damaged"]
+    if damaged:
+        more = f"; and {len(damaged) - 5} more, see metrics.jsonl" if len(damaged) > 5 else ""
+        said.append(f"Damaged files that training skipped: {'; '.join(damaged[:5])}{more}.")
     total, step = run.start.get("steps"), run.step
     if not run.config:
         said.append("There is no config.yaml, so the settings of this run are not known.")

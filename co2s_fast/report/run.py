@@ -29,6 +29,7 @@ class Run:
         start: the record that opened metrics.jsonl.
         train: training records, in order of steps.
         evals: evaluation records, in order of steps.
+        events: records of what happened once: kinds "damaged" and "warning".
         evaluation: eval.json.
         classes: {"name", "color"} of each class.
         panels: pictures of validation images.
@@ -39,6 +40,7 @@ class Run:
     start: dict[str, Any]
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
+    events: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     classes: list[dict[str, Any]]
     panels: list[panels.Panel]
@@ -118,6 +120,7 @@ def read_run(folder: str | Path) -> Run:
         start=next((r for r in records if r.get("kind") == "start"), {}),
         train=_by_step(records, "train"),
         evals=_by_step(records, "eval"),
+        events=[r for r in records if r.get("kind") in ("damaged", "warning")],
         evaluation=evaluation,
         classes=(evaluation or {}).get("classes")
         or _yaml(folder / "dataset.yaml").get("classes", []),

@@ -220,6 +220,12 @@ def test_a_batch_stays_a_function_of_seed_and_step(rare):
         assert [*first.labeled_files, *second.labeled_files] == batch.labeled_files
 
 
+def test_dali_makes_the_same_choice(rare):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    for one, other in zip(rare(0, 4, loader="dali", workers=1), rare(0, 4), strict=True):
+        assert one.labeled_files == other.labeled_files and (one.y == other.y).all()
+
+
 def test_unlabelled_images_do_not_change(rare):
     views = ("x", "w", "s1")
     for one, other in zip(rare(0, 6, views=views), rare(0, 6, views=views, sampling="uniform"),

@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 from test_trainer import assert_same_weights, numbers, start
 
+from co2s_fast.data.damage import Damaged
 from co2s_fast.engine.config import RunConfig
 from co2s_fast.engine.interrupt import Interrupted
 from co2s_fast.engine.log import read_metrics
@@ -81,6 +83,31 @@ def test_more_of_them_than_allowed_end_the_run(content, monkeypatch) -> None:
     folder = RunConfig.model_validate(run).folder
     kinds = [record["kind"] for record in read_metrics(folder / "metrics.jsonl")]
     assert kinds.count("damaged") == 3
+
+
+def test_two_ranks_count_together(monkeypatch) -> None:
+    """A file that both have met is one; the first rank's log has them in order of steps."""
+    from co2s_fast.engine import damage
+
+    told = []
+    one, other = damage.DamageTally(2), damage.DamageTally(2)
+    a, b, c = (Damaged(f"images/{n}.png", f"{n}.png: damaged") for n in "abc")
+    monkeypatch.setattr(damage, "gather_objects", lambda mine: [*found])
+    log = SimpleNamespace(tell=lambda record, text: told.append((record["step"], record["file"])))
+    one.meet(5, [b])
+    other.meet(3, [a])
+    other.meet(4, [b])
+    found = [one._met, other._met]
+    one.settle(log)
+    other.settle(None)
+    assert one.known == other.known and not one.pending and not other.pending
+    assert told == [(3, "images/a.png"), (4, "images/b.png")]
+    one.meet(9, [a])  # known
+    other.meet(9, [c])
+    found = [one._met, other._met]
+    for tally in (one, other):
+        with pytest.raises(DataError, match=r"3 damaged files met in training.*allows 2: a\.png"):
+            tally.settle(None)
 
 
 def stop() -> None:

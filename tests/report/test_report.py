@@ -97,6 +97,18 @@ def test_a_run_without_pseudo_labels_and_with_one_student(tmp_path):
     assert len([i for i in page.images if i.startswith("data:image/svg")]) == 3 + 2 + 3
 
 
+def test_what_happened_on_the_way_is_told(tmp_path):
+    folder = make_run(tmp_path / "run")
+    events = [{"kind": "warning", "step": 40, "text": "loss term clip/s1 has been exactly 0"}]
+    events += [{"kind": "damaged", "step": 9, "file": f"images/{n}.png", "count": n, "limit": 10,
+                "reason": f"/data/images/{n}.png: damaged"} for n in range(1, 8)]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+    text = write_report(folder).read_text()
+    assert "Step 40: loss term clip/s1 has been exactly 0" in text
+    assert "/data/images/5.png: damaged; and 2 more" in text and "6.png" not in text
+
+
 def test_a_run_that_has_only_just_begun(tmp_path):
     folder = make_run(tmp_path / "run", evaluated=False)
     (folder / "metrics.jsonl").write_text("")
