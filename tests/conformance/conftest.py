@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from op_cases import INTERPRETED, INTERPRETED_ON_EQUAL_GRIDS, Case
 
 from co2s_fast.ops import backend_status, use_backend
 
@@ -28,6 +29,13 @@ class Target:
         """Skip the test under the interpreter, `unless` it is a chosen one or all are wanted."""
         if self.interpreted and not unless and os.environ.get("CO2S_INTERPRET_ALL") != "1":
             pytest.skip(f"{why} (CO2S_INTERPRET_ALL=1 runs it)")
+
+    def fit(self, case: Case) -> Case:
+        """The case as this backend runs it; skips the test where the interpreter would not."""
+        if self.interpreted and case.name in INTERPRETED_ON_EQUAL_GRIDS:
+            return case.on_equal_grids()
+        self.leave_out(unless=case.name in INTERPRETED)
+        return case
 
 
 def _target(name: str) -> Iterator[Target]:

@@ -6,7 +6,7 @@ two students are almost equally confident, exact ties apart. Else two right answ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+    def on_equal_grids(self) -> Case:
+        """The same, its labels on the logits' grid."""
+        return replace(self, size=self.grid)
 
 
 CASES = [
@@ -82,10 +86,16 @@ BY_NAME = {case.name: case for case in CASES}
 # What a half-precision run can tell beyond the float32 one: reading, rounding and layouts.
 HALF_CASES = [BY_NAME[name] for name in ("equal", "up4", "fraction", "down", "sliced", "offset",
                                              "tiny_up")]  # fmt: skip
-# Those the Triton interpreter runs, at a second or so for each resampled one.
+CLASS_COUNTS = (*range(1, 33), 150)
+# Those the Triton interpreter runs as they are, at a second or so for each resampled one; those it
+# runs on equal grids, which are cheap; tests/kernels has it resample in every other way.
 INTERPRETED = {
-    "equal", "tiny_up", "tiny_fraction", "tiny_down", "one_cell", "batch_0", "transposed", "ties",
-    "huge", "nan",
+    "equal", "tiny_up", "tiny_fraction", "tiny_down", "one_cell", "batch_0", "batch_0_equal",
+    "transposed", "ties", "huge", "offset", "nan", "channels_last_equal",
+}  # fmt: skip
+INTERPRETED_ON_EQUAL_GRIDS = {
+    "sliced", "all_ignored", "none_ignored", "none_confident", "all_confident", "supervised",
+    "saturated",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import BY_NAME, CASES, HALF_CASES, INTERPRETED, Case, draw
+from op_cases import BY_NAME, CASES, CLASS_COUNTS, HALF_CASES, Case, draw
 from op_oracle import assert_as_good_as_eager
 
 from co2s_fast.losses import CutMix, confusion_matrix, softmax_confidence
@@ -39,7 +39,7 @@ def check_confidence(case: Case, target, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_confidence(case, target):
-    target.leave_out(unless=case.name in INTERPRETED)
+    case = target.fit(case)
     check_confidence(case, target, torch.float32)
 
 
@@ -75,11 +75,7 @@ def test_nan_gives_nan_confidence_and_class_0(target):
     assert not label.cpu()[bad].any()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_confusion_matrix(case, target):
-    target.leave_out(unless=case.name in INTERPRETED)
-    if case.values == "nan":
-        pytest.skip("a NaN logit is covered below")
+def check_confusion_matrix(case: Case, target) -> None:
     x = draw(case, torch.float32)
     label = torch.where(clear_labels(case, x.a), x.target, 255)
     truth = reference.confusion_matrix(x.a.double(), label, 255, case.align_corners)
@@ -88,6 +84,23 @@ def test_confusion_matrix(case, target):
     assert torch.equal(matrix.cpu(), truth)
     again = confusion_matrix(y.a, label, out=matrix, align_corners=case.align_corners)
     assert again is matrix and torch.equal(matrix.cpu(), 2 * truth)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_confusion_matrix(case, target):
+    case = target.fit(case)
+    if case.values == "nan":
+        pytest.skip("a NaN logit is covered below")
+    check_confusion_matrix(case, target)
+
+
+@pytest.mark.parametrize("size", [(4, 5), (8, 10)], ids=str)
+def test_every_number_of_classes(size, target):
+    target.leave_out(unless=size == (4, 5))
+    for classes in CLASS_COUNTS:
+        case = Case(f"K{classes}", classes=classes, grid=(4, 5), size=size)
+        check_confidence(case, target, torch.float32)
+        check_confusion_matrix(case, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

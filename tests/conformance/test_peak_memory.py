@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from co2s_fast.ops import backend_status
+from co2s_fast.ops.dispatch import implementation
 
 BATCH, CLASSES, GRID, SIDE = 4, 32, 64, 256
 FULL_MIB = BATCH * CLASSES * SIDE**2 * 4 / 2**20  # one float32 tensor at full resolution: 32
@@ -110,6 +115,50 @@ def test_the_measurement_sees_full_resolution_tensors(tmp_path):
 def test_cpp_allocates_none(cpp_target, tmp_path):
     for name, mib in peaks("cpp", tmp_path).items():
         assert mib < ALLOWED_SHARE * FULL_MIB, f"{name}: {mib:.1f} MiB at the peak"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most bytes that any tensor made inside the block has."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("classes", [12, 20], ids=["one_pass", "statistics"])
+def test_triton_kernels_make_no_tensor_of_that_size(classes):
+    """In the interpreter: the launchers' own allocations, which are the same on a GPU."""
+    if not backend_status()["triton"].live:
+        pytest.skip(backend_status()["triton"].why)
+    cross_entropy = implementation("masked_cross_entropy", "triton")
+    cross_entropy_backward = implementation("masked_cross_entropy_backward", "triton")
+    stability = implementation("stability_loss", "triton")
+    stability_backward = implementation("stability_loss_backward", "triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    grid, side = 4, 16
+    a, b = (torch.randn(1, classes, grid, grid, device=device) * 4 for _ in range(2))
+    label = torch.zeros(1, side, side, dtype=torch.uint8, device=device)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    labels = (label, None, 0.5, None, 255, None, None, None, False, False)
+    pair = (0.1, side, side, None, 255, False, True, True)
+    one = torch.ones((), device=device)
+    with LargestTensor() as seen:
+        _, _, saved = cross_entropy(a, *labels, True)
+        cross_entropy_backward(one, a, *labels, saved)
+        stability(a, b, *pair)
+        stability_backward(torch.ones(2, device=device), a, b, *pair, saved, saved)
+        implementation("softmax_confidence", "triton")(a, side, side, False)
+        implementation("confusion_matrix", "triton")(a, label, 255, False, matrix)
+    full = 4 * classes * side * side
+    assert 0 < seen.largest < full
+    with LargestTensor() as seen:
+        torch.nn.functional.interpolate(a, (side, side), mode="bilinear")
+    assert seen.largest == full, "the control: it would be seen"
 
 
 @pytest.mark.gpu

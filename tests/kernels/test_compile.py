@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,19 +27,35 @@ KERNELS = {
 MOST_SHARED_BYTES = 48 * 1024  # what a block gets without asking, on every GPU
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "capabilities"), [("few", (86, 90)), ("many", (90,))])
-def test_all_kernels_compile(case: str, capabilities: tuple[int, ...], tmp_path: Path) -> None:
-    # a process of its own: this one's Triton is bound to the interpreter
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+CASES = {"few": ("86", "90"), "many": ("90",)}
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory) -> Iterator[dict[str, subprocess.Popen]]:
+    """A process a case, both at once; this process's Triton is bound to the interpreter."""
     script = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run(
-        [sys.executable, str(script), case, *map(str, capabilities)],
-        env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout.splitlines()[-1])
-    for capability in capabilities:
+    running = {}
+    for case, capabilities in CASES.items():
+        folder = tmp_path_factory.mktemp(case)
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+        running[case] = subprocess.Popen(
+            [sys.executable, str(script), case, *capabilities], env=environment, text=True,
+            stdout=(folder / "out").open("w+"), stderr=(folder / "err").open("w+"),
+        )  # fmt: skip
+        running[case].folder = folder
+    yield running
+    for process in running.values():
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_all_kernels_compile(case: str, compilers) -> None:
+    process = compilers[case]
+    code = process.wait(timeout=900)
+    assert code == 0, (process.folder / "err").read_text()[-3000:]
+    results = json.loads((process.folder / "out").read_text().splitlines()[-1])
+    for capability in map(int, CASES[case]):
         built = {r["kernel"] for r in results if r["capability"] == capability}
         assert built == KERNELS
     for result in results:

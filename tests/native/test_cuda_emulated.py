@@ -182,6 +182,40 @@ def test_the_same_bits_again_and_in_any_batch(ops):
     assert torch.equal(single[0], first[1])
 
 
+def largest_allocation(call) -> int:
+    """Bytes of the largest block that torch's allocator gave out during the call."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("classes", [9, 33])
+def test_no_tensor_of_full_resolution(classes, ops):
+    a, b = (torch.randn(1, classes, 8, 8) * 3 for _ in range(2))
+    side = 32
+    full = 4 * classes * side * side
+    target = torch.zeros(1, side, side, dtype=torch.uint8)
+    own = (target, None, 0.5, None, 255, None, None, None, False, False)
+    pair = (0.1, side, side, None, 255, False, True, True)
+    empty, one = torch.empty(0), torch.ones(())
+    calls = {
+        "loss": lambda: ops.masked_cross_entropy(a, *own, True),
+        "loss backward": lambda: ops.masked_cross_entropy_backward(one, a, *own, empty),
+        "stability": lambda: ops.stability_loss(a, b, *pair),
+        "stability backward": lambda: ops.stability_loss_backward(
+            torch.ones(2), a, b, *pair, empty, empty
+        ),
+        "confidence": lambda: ops.softmax_confidence(a, side, side, False),
+    }
+    for name, call in calls.items():
+        assert 0 < largest_allocation(call) < full, name
+    up = torch.nn.functional.interpolate
+    assert largest_allocation(lambda: up(a, (side, side), mode="bilinear")) >= full  # the control
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.uint8, torch.bool, torch.bfloat16, torch.float32, torch.int64,
               torch.complex128], ids=str)  # fmt: skip
