@@ -9,6 +9,7 @@ from typing import Any
 from co2s_fast.data.catalogue import load_dataset
 from co2s_fast.data.files import write_text
 from co2s_fast.engine import checkpoint
+from co2s_fast.engine.bands import channels_of
 from co2s_fast.engine.config import (
     CONFIG_FILE,
     RunConfig,
@@ -26,7 +27,7 @@ from co2s_fast.engine.runs import (
     run_state,
     student_arrays,
 )
-from co2s_fast.errors import UsageError
+from co2s_fast.errors import DataError, UsageError
 from co2s_fast.methods import get_method
 from co2s_fast.models import Student
 from co2s_fast.models.released import load_released, released_config
@@ -55,7 +56,8 @@ def import_checkpoints(
         What was imported, and the commands that go on from it.
 
     Raises:
-        DataError: a file that is not such a checkpoint, or of another number of classes.
+        DataError: a file that is not such a checkpoint, or of another number of classes or
+            channels.
         UsageError: more or the same students, or a folder that holds a run.
     """
     if not 1 <= len(paths) <= 2:
@@ -63,6 +65,9 @@ def import_checkpoints(
     if (out / CONFIG_FILE).exists():
         raise UsageError(f"{out} already holds a run; give another folder")
     spec = load_dataset(dataset)
+    if channels_of(spec) != 3:
+        raise DataError(f"weights {paths[0]}: the released students are for images of 3 channels, "
+                        f"dataset {spec.name!r} has {channels_of(spec)}")  # fmt: skip
     students: dict[str, Student] = {}
     for path in paths:
         student = load_released(path, spec.classes)

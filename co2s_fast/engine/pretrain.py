@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from co2s_fast.data import Batch, build_loader, load_dataset, open_split
 from co2s_fast.data.files import replacing, write_text
+from co2s_fast.engine.bands import channels_of, fit_students
 from co2s_fast.engine.config import PretrainConfig, RunConfig
 from co2s_fast.engine.log import say
 from co2s_fast.engine.start import derived_seed, student_seed
@@ -57,6 +58,7 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
             raise UsageError(f"pretrain: student {name} starts from weights {student.weights!r}; "
                              "pretraining is for students that start from random ones")
     spec = load_dataset(config.data.dataset)
+    config = fit_students(config, spec)
     split = open_split(config.data, spec)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,7 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
                 "truth": False}
     )  # fmt: skip
     record: dict[str, Any] = {"pretrain": config.pretrain.model_dump(), "dataset": spec.name,
+                              "channels": channels_of(spec),
                               "seed": config.seed, "images": len(split.unlabeled),
                               "students": {}}  # fmt: skip
     states = {}
@@ -111,7 +114,7 @@ def train_one(
     generator = torch.Generator().manual_seed(derived_seed(seed, 0x3A5))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed, 0x3A6))
-        head = nn.Conv2d(width, 3 * patch * patch, 1).to(device)
+        head = nn.Conv2d(width, student.channels * patch * patch, 1).to(device)
     for parameter in student.backbone.parameters():
         parameter.requires_grad_(True)
     parameters = [*student.backbone.parameters(), *head.parameters()]
@@ -163,7 +166,7 @@ def masked_image_loss(
     neither hidden nor predicted. 0 where none is left.
     """
     patch = student.patch_size
-    images = batch.w.float() / 255
+    images = batch.w if batch.w.is_floating_point() else batch.w.float() / 255
     height, width = images.shape[-2] // patch * patch, images.shape[-1] // patch * patch
     images = images[..., :height, :width]
     grid = (len(images), 1, height // patch, width // patch)
@@ -172,9 +175,9 @@ def masked_image_loss(
         padding = (batch.ignore[:, None, :height, :width] == IGNORE).float()
         hidden = hidden & (F.max_pool2d(padding, patch) == 0)
     over = hidden.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-    gray = student.mean.view(1, 3, 1, 1)
+    gray = student.mean[None]
     predicted = head(student.features(torch.where(over, gray, images))[-1]).float()
-    target = F.pixel_unshuffle(images, patch).unflatten(1, (3, -1))
+    target = F.pixel_unshuffle(images, patch).unflatten(1, (student.channels, -1))
     mean, variance = target.mean((1, 2), keepdim=True), target.var((1, 2), keepdim=True)
     target = ((target - mean) / (variance + 1e-4).sqrt()).flatten(1, 2)
     error = (predicted - target).abs().mean(1, keepdim=True)

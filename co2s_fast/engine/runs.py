@@ -14,6 +14,7 @@ from co2s_fast.engine.checkpoint import load_weights, read_arrays, read_state
 from co2s_fast.engine.config import RunConfig, read_run_config, read_yaml
 from co2s_fast.errors import DataError
 from co2s_fast.models import Student, StudentConfig, build_student
+from co2s_fast.models.inflate import check_channels
 
 SPEC_FILE = "dataset.yaml"
 
@@ -81,7 +82,9 @@ def load_run(
     for name, student_config in config.students.items():
         student = bare_student(student_config, spec)
         weights = read_arrays(source, state, name)
-        load_weights(student, weights, f"checkpoint {source / state['files'][name]}")
+        file = f"checkpoint {source / state['files'][name]}"
+        check_channels(weights, student.channels, file)
+        load_weights(student, weights, file)
         student.provenance = state["provenance"][name]
         students[name] = student.to(device).eval()
     return config, spec, students

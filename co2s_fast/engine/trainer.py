@@ -21,6 +21,7 @@ from co2s_fast.data.imbalance import class_weights, labeled_pixels
 from co2s_fast.data.loader import build_loader, choose_loader
 from co2s_fast.data.validation import val_dataset
 from co2s_fast.engine import checkpoint, distributed, start
+from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.collapse import CollapseWatch
 from co2s_fast.engine.config import CONFIG_FILE, RunConfig, dump_config
 from co2s_fast.engine.damage import DamageTally
@@ -115,6 +116,7 @@ class Trainer:
         use = "resume" if resume and can_resume(self.folder) else "train"
         self.loader = choose_loader(data, self.device)
         self.spec = load_dataset(data.dataset)
+        self.config = fit_students(self.config, self.spec)
         if self.ranks.is_main:  # the first process may generate data or write a split
             self.split = open_split(data, self.spec, use)
         distributed.wait_for_all()

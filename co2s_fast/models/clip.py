@@ -89,7 +89,7 @@ class ClipBackbone(nn.Module):
         return tuple(self.visual.grid_size)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Normalised images [B, 3, H, W] to maps [B, C_i, ceil(H/p), ceil(W/p)], shallow to deep.
+        """Normalised images [B, N, H, W] to maps [B, C_i, ceil(H/p), ceil(W/p)], shallow to deep.
 
         Sides that are no multiple of the patch are padded with zeros at the right and bottom.
         """

@@ -138,7 +138,11 @@ class StudentConfig(_Strict):
         eps: replaces every LayerNorm's epsilon in the backbone; None keeps the model's own.
         rope: "bf16" computes the rotary embedding and rounds queries and keys as the released
             DINOv3 student does; "fp32" is timm's own.
+        channels: bands of the images; other than three inflate a pretrained patch projection, see
+            `inflate`. Training takes them, their names and their statistics from the dataset.
+        bands: the channels' names; "red", "green" and "blue" mean something to the inflation.
         normalization: image mean and standard deviation.
+        mean, std: of each channel of an image in [0, 1], in place of the normalisation's.
         gradient_checkpointing: recompute the backbone's blocks in the backward pass.
     """
 
@@ -157,7 +161,11 @@ class StudentConfig(_Strict):
     activation: Literal["gelu", "quick_gelu"] | None = None
     eps: float | None = Field(None, gt=0)
     rope: Literal["fp32", "bf16"] = "fp32"
+    channels: int = Field(3, ge=1)
+    bands: tuple[str, ...] | None = None
     normalization: Literal["imagenet", "clip", "none"] = "imagenet"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     gradient_checkpointing: bool = False
 
     @model_validator(mode="before")
@@ -188,11 +196,26 @@ class StudentConfig(_Strict):
                 "stem='conv' has no released weights: expected none, or a .safetensors file of "
                 f"`co2s-fast pretrain`, got weights={self.weights!r}"
             )
+        self._check_channels()
         if self.backbone == "timm" and self.activation is not None:
             raise ValueError("activation is for backbone 'clip'; a timm model's own is kept")
         if self.backbone == "clip" and self.rope != "fp32":
             raise ValueError("rope is for backbone 'timm'; the CLIP tower has no rotary embedding")
         return self
+
+    def _check_channels(self) -> None:
+        for name in ("bands", "mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.channels:
+                raise ValueError(
+                    f"{name} needs {self.channels} values, one for each channel, got {value}"
+                )
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean and std go together, got mean {self.mean}, std {self.std}")
+        if any(value <= 0 for value in self.std or ()):
+            raise ValueError(f"std must be above 0, got {self.std}")
+        if "in_chans" in self.overrides:
+            raise ValueError("overrides: in_chans is not for them, give channels instead")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

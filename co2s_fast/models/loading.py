@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.clip import ClipBackbone, resize_positions
 from co2s_fast.models.config import StudentConfig, merge
+from co2s_fast.models.inflate import input_conv
 from co2s_fast.models.official import State, clip_from_official, dinov3_from_official
 from co2s_fast.models.presets import TINY_CLIP_MODEL, TINY_SSM_MODEL
 from co2s_fast.models.ssm import TimmBackbone
@@ -206,7 +207,10 @@ def build_clip_backbone(config: StudentConfig) -> tuple[ClipBackbone, nn.Module]
             block.mlp.gelu = nn.GELU() if config.activation == "gelu" else QuickGELU()
     stem = None
     if config.stem == "conv":
-        stem = ConvStem(visual.class_embedding.shape[0], visual.patch_size[0])
+        stem = ConvStem(visual.class_embedding.shape[0], visual.patch_size[0], config.channels)
+    else:
+        visual.conv1 = input_conv(visual.conv1, config.channels, config.bands,
+                                  pretrained=config.weights is not None)  # fmt: skip
     backbone = ClipBackbone(
         visual,
         config.levels,
@@ -251,7 +255,10 @@ def build_timm_backbone(config: StudentConfig) -> TimmBackbone:
         load_strictly(model, state, config.weights)
     stem = None
     if config.stem == "conv":
-        stem = ConvStem(model.embed_dim, model.patch_embed.patch_size[0])
+        stem = ConvStem(model.embed_dim, model.patch_embed.patch_size[0], config.channels)
+    else:
+        model.patch_embed.proj = input_conv(model.patch_embed.proj, config.channels, config.bands,
+                                            pretrained=config.weights is not None)  # fmt: skip
     return TimmBackbone(
         model,
         config.levels,

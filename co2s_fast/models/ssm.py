@@ -107,7 +107,7 @@ class TimmBackbone(nn.Module):
         model.set_grad_checkpointing(gradient_checkpointing)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Normalised images [B, 3, H, W] to maps [B, C_i, floor(H/p), floor(W/p)]."""
+        """Normalised images [B, N, H, W] to maps [B, C_i, floor(H/p), floor(W/p)]."""
         patch = self.patch_size
         height, width = (side // patch * patch for side in images.shape[-2:])
         images = images[..., :height, :width]

@@ -18,16 +18,17 @@ class ConvStem(nn.Module):
     Args:
         width: channels of the tokens.
         patch_size: total stride, a power of two from 4.
+        channels: N, of the images.
     """
 
-    def __init__(self, width: int, patch_size: int) -> None:
+    def __init__(self, width: int, patch_size: int, channels: int = 3) -> None:
         super().__init__()
         stages = patch_size.bit_length() - 1
         if patch_size != 1 << stages or stages < 2:
             raise UsageError(f"stem='conv' needs a patch size of 4, 8, 16, ..., got {patch_size}")
         # Half the channels for each doubling of the grid, but at least 16.
         self.widths = [max(16, width >> (stages - 1 - i)) for i in range(stages)]
-        ins = [3, *self.widths[:-1]]
+        ins = [channels, *self.widths[:-1]]
         self.stages = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(before, out, 3, stride=2, padding=1, bias=False),
@@ -39,7 +40,7 @@ class ConvStem(nn.Module):
         self.project = nn.Conv2d(self.widths[-1], width, 1)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """[B, 3, H, W] to (maps at strides 2, 4, ..., patch; tokens [B, width, H/p, W/p])."""
+        """[B, N, H, W] to (maps at strides 2, 4, ..., patch; tokens [B, width, H/p, W/p])."""
         maps = []
         # Channels last makes narrow convolutions two to three times as fast on the CPU.
         x = images if images.is_cuda else images.contiguous(memory_format=torch.channels_last)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.config import StudentConfig, TextConfig
 from co2s_fast.models.decoder import QueryDecoder
+from co2s_fast.models.inflate import (
+    channel_statistics,
+    check_channels,
+    is_input_layer,
+    learns_input,
+)
 from co2s_fast.models.queries import Named, text_queries
-
-NORMALIZATION = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-}
 
 
 class Student(nn.Module):
@@ -27,6 +27,7 @@ class Student(nn.Module):
 
     Attributes:
         num_classes: K.
+        channels: N, of the images.
         patch_size: side of a token in pixels.
         queries: class vectors [K, d], a parameter where they are learnable, else a buffer.
         provenance: what the student started from; see `build_student`.
@@ -51,25 +52,27 @@ class Student(nn.Module):
             self.queries = nn.Parameter(queries)
         else:
             self.register_buffer("queries", queries)
-        mean, std = NORMALIZATION[config.normalization]
+        self.channels = config.channels
+        mean, std = channel_statistics(config)
         # Not saved: they follow from the configuration, which every checkpoint carries.
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self._freeze()
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """Feature maps, shallow to deep.
 
         Args:
-            images: [B, 3, H, W], uint8, or float in [0, 1]. Any size; sides that are no multiple
+            images: [B, N, H, W], uint8, or float in [0, 1]. Any size; sides that are no multiple
                 of `patch_size` are padded at the right and bottom with the mean colour, so that
                 every student sees the same grid.
 
         Raises:
             TypeError, ValueError: another dtype or shape.
         """
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be [B, 3, H, W], got {tuple(images.shape)}")
+        if images.dim() != 4 or images.shape[1] != self.channels:
+            wanted = f"[B, {self.channels}, H, W]"
+            raise ValueError(f"images must be {wanted}, got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
             images = images.to(self.mean.dtype) / 255
         elif not images.is_floating_point():
@@ -126,14 +129,20 @@ class Student(nn.Module):
         backbone_multiplier: float = 0.01,
         decoder_multiplier: float = 10.0,
     ) -> list[dict[str, Any]]:
-        """Optimizer groups "backbone", "decoder" and "queries", without what is frozen.
+        """Optimizer groups "backbone", "input", "decoder" and "queries", without what is frozen.
+
+        "input" is the patch projection where it was inflated to other bands and has to learn them.
 
         The released learning rates are 1e-6, 1e-3 and 1e-4 for base rate 1e-4, with weight decay
         on every tensor, norms and biases included. Tiny students trained from scratch want
         `backbone_multiplier=1, decoder_multiplier=1`.
         """
+        named = list(self.backbone.named_parameters())
+        inputs = [p for name, p in named if learns_input(self.config) and is_input_layer(name)]
+        others = [p for _, p in named if all(p is not each for each in inputs)]
         parts = [
-            ("backbone", self.backbone.parameters(), backbone_multiplier),
+            ("backbone", others, backbone_multiplier),
+            ("input", inputs, 1.0),
             ("decoder", self.decoder.parameters(), decoder_multiplier),
             ("queries", [self.queries] if isinstance(self.queries, nn.Parameter) else [], 1.0),
         ]
@@ -156,6 +165,7 @@ class Student(nn.Module):
         unused = _unused_parts(self.backbone)
         for name, parameter in self.backbone.named_parameters():
             learns = trainable == "full" or (trainable == "attention" and ".attn." in name)
+            learns |= learns_input(self.config) and is_input_layer(name)
             parameter.requires_grad_(learns and not name.startswith(unused))
 
 
@@ -235,7 +245,9 @@ def build_student(
             raise DataError(f"weights {config.weights}: expected a file of `co2s-fast pretrain`, "
                             "which alone holds a convolutional stem")
         if own:
-            load_strictly(backbone, read_state_dict(config.weights), config.weights)
+            state = read_state_dict(config.weights)
+            check_channels(state, config.channels, f"weights {config.weights}")
+            load_strictly(backbone, state, config.weights)
         _override_eps(backbone, config.eps)
         loaded = checksum(backbone)
         width = backbone.widths[-1]
@@ -244,6 +256,7 @@ def build_student(
     provenance = {
         "source": config.weights or "random",
         "model": config.model,
+        "channels": config.channels,
         "sha256": loaded,
         "tensors": len(backbone.state_dict()),
         "parameters": sum(p.numel() for p in backbone.parameters()),

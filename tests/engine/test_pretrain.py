@@ -80,6 +80,23 @@ def test_padding_and_visible_patches_count_for_nothing(run_content) -> None:
     assert checksum(student.backbone) == before
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_patches_of_other_channels(run_content, channels) -> None:
+    config = RunConfig.model_validate(run_content()).students["clip"]
+    student = build_student(config.model_copy(update={"channels": channels}),
+                            [*map(_named, "ab")], seed=0)  # fmt: skip
+    patch = student.patch_size
+    head = torch.nn.Conv2d(student.backbone.widths[-1], channels * patch * patch, 1)
+    pixels = torch.randint(0, 256, (2, channels, 64, 64), dtype=torch.uint8)
+    losses = [
+        masked_image_loss(student, head, Batch(x=w, y=None, w=w), 0.5,
+                          torch.Generator().manual_seed(0)).item()
+        for w in (pixels, pixels / 255)
+    ]  # fmt: skip
+    assert 0.3 < losses[0] < 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def _named(name: str):
     from types import SimpleNamespace
 

@@ -1,0 +1,65 @@
+"""Students take the bands of the dataset: their number, names, mean and deviation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from co2s_fast.data.catalogue import DatasetSpec
+from co2s_fast.engine.config import RunConfig
+from co2s_fast.errors import UsageError
+from co2s_fast.models import StudentConfig
+
+
+def channels_of(spec: DatasetSpec) -> int:
+    """Channels of the images that the pipelines make of a dataset."""
+    return getattr(spec, "channels", 3)
+
+
+def fit_students(config: RunConfig, spec: DatasetSpec) -> RunConfig:
+    """The configuration with students for the dataset's bands, as a run stores it.
+
+    A student whose configuration gives mean and deviation itself keeps them. Plain RGB changes
+    nothing.
+
+    Raises:
+        UsageError: a student is configured for another number of channels.
+    """
+    about = describe_bands(spec)
+    students = {
+        name: _fit(name, student, about, spec) for name, student in config.students.items()
+    }
+    return config.model_copy(update={"students": students})
+
+
+def describe_bands(spec: DatasetSpec) -> dict[str, Any]:
+    """`channels`, `bands` (names or None), `mean` and `std` (per channel or None) of a dataset."""
+    statistics = getattr(spec, "statistics", None)
+    names = getattr(spec, "band_names", None)
+    return {
+        "channels": channels_of(spec),
+        "bands": None if names is None else tuple(names),
+        "mean": None if statistics is None else tuple(statistics.mean),
+        "std": None if statistics is None else tuple(statistics.std),
+    }
+
+
+def _fit(
+    name: str, student: StudentConfig, about: dict[str, Any], spec: DatasetSpec
+) -> StudentConfig:
+    if student.channels not in (3, about["channels"]):
+        raise UsageError(
+            f"students.{name}.channels is {student.channels}, the images of dataset {spec.name!r} "
+            f"have {about['channels']}"
+        )
+    given = student.model_dump()
+    changes = {key: value for key, value in about.items() if value is not None}
+    if student.mean is not None:
+        if len(student.mean) != about["channels"]:
+            raise UsageError(
+                f"students.{name}.mean has {len(student.mean)} values, the images of dataset "
+                f"{spec.name!r} have {about['channels']} channels"
+            )
+        changes = {key: value for key, value in changes.items() if key not in ("mean", "std")}
+    if student.bands is not None and len(student.bands) != about["channels"]:
+        changes.setdefault("bands", None)  # of another dataset
+    return StudentConfig.model_validate(given | changes)
