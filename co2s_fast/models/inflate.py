@@ -1,18 +1,17 @@
-"""Students of N input bands: three-channel filters on other bands, and the mean and deviation.
+"""Students of N bands: three-channel filters on other bands, and the mean and deviation.
 
-The rule. Let R, G, B be the filters of a pretrained patch embedding and S = R + G + B its response
+The rule. Let R, G, B be the filters of a pretrained patch embedding and S = R + G + B, its response
 to a grey image. A band called red, green or blue keeps its filter times 3/N; all other bands share
-what is left of S in equal parts. So the filters of the N bands add up to S, and an image whose bands
+what is left of S in equal parts. So the filters of the N bands add up to S: an image whose bands
 are all equal gets the response that it had as a grey image. With red, green and blue among the
-bands, an other band's part is the mean of the three filters times 3/N; with no band named, or N
-below 3, every band's is S/N. Three bands without names are taken for red, green and blue.
+bands, the part of every other one is the mean of the three filters times 3/N; with no band named,
+or N below 3, the part of every band is S/N. Three bands without names are red, green and blue.
 
-The inflated projection learns even where only the attention does: as long as it does not, bands that
+The inflated projection learns even where only the attention does: unless it learns, bands that
 share a filter cannot be told apart.
 
-timm's `adapt_input_conv` (factor 3/N, filters repeated in turn: R, G, B, R, ...) keeps that response
-only where N is 1 or a multiple of 3, and knows no names; hence this rule of our own. For N = 1, 3
-(and 6, 9, ... on grey images) the two agree.
+timm's `adapt_input_conv` (factor 3/N, filters repeated in turn: R, G, B, R, ...) keeps the response
+only where N is 1 or a multiple of 3, and knows no names; hence a rule of our own.
 """
 
 from __future__ import annotations
@@ -95,7 +94,8 @@ def input_conv(
 
     Args:
         conv: of three channels; returned as it is where `channels` are three in RGB's order.
-        channels, names: of the images.
+        channels: N, of the images.
+        names: of the channels, see `inflate`.
         pretrained: True inflates the weights, False draws new ones from torch's generator.
 
     Raises:
@@ -124,7 +124,7 @@ def input_conv(
 
 
 def input_channels(state: Mapping[str, Tensor]) -> int | None:
-    """Channels that a backbone (or student) takes, by its state dict; None where that is unclear."""
+    """Channels that a backbone or student takes, by its state dict; None where that is unclear."""
     for name, value in state.items():
         if name.endswith(INPUT_LAYERS) and value.dim() == 4:
             return value.shape[1]

@@ -48,12 +48,12 @@ def test_what_is_configured_for_other_bands_is_refused(run_content) -> None:
     students = content["students"]
     six = {**students, "ssm": {**students["ssm"], "channels": 6}}
     config = RunConfig.model_validate({**content, "students": six})
-    with pytest.raises(UsageError, match="students.ssm.channels is 6, .* have 4"):
+    with pytest.raises(UsageError, match=r"students.ssm.channels is 6, .* have 4"):
         fit_students(config, dataset())
     own = {**students["clip"], "mean": [0.5] * 3, "std": [0.2] * 3}
     config = RunConfig.model_validate({**content, "students": {**students, "clip": own}})
     assert fit_students(config, dataset(3)).students["clip"].mean == (0.5, 0.5, 0.5)
-    with pytest.raises(UsageError, match="students.clip.mean has 3 values, .* have 4 channels"):
+    with pytest.raises(UsageError, match=r"students.clip.mean has 3 values, .* have 4 channels"):
         fit_students(config, dataset())
 
 
