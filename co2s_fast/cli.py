@@ -65,6 +65,8 @@ def main() -> None:
               "median-frequency (or balanced), effective-number, or a YAML or JSON file.")
 @click.option("--sampling", type=click.Choice(["uniform", "class-aware"]),
               help="How labelled crops are chosen; class-aware: rare classes more often.")
+@click.option("--trainable", type=click.Choice(["attention", "full", "frozen", "lora"]),
+              help="What learns of every backbone; the paper's recipes: attention.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change one configuration value, e.g. --set train.steps=500. Repeatable.")
 @click.option("--out", type=PATH, help="Run folder. Default: runs/<dataset>-<split>-<method>.")

@@ -39,6 +39,8 @@ class TrainConfig(_Strict):
             images, for every method alike.
         lr, weight_decay, betas, eps: AdamW.
         backbone_multiplier, decoder_multiplier: factors on `lr` for those parameters.
+        adapter_multiplier: the same for low-rank adapters (`trainable: lora`), which take the
+            backbone's place among the parameters.
         power, warmup_steps: polynomial decay, and a linear warm-up (none by default).
         device: "auto" takes CUDA where there is one.
         precision: "auto" is bfloat16 autocast on CUDA and float32 on the CPU.
@@ -67,6 +69,7 @@ class TrainConfig(_Strict):
     eps: float = Field(default=1e-8, gt=0)
     backbone_multiplier: float = Field(default=0.01, ge=0)
     decoder_multiplier: float = Field(default=10.0, ge=0)
+    adapter_multiplier: float = Field(default=1.0, ge=0)
     power: float = Field(default=0.9, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"

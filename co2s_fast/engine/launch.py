@@ -31,6 +31,7 @@ def train_from_options(
     recipe: str | None,
     overrides: Sequence[str],
     pretrained: Path | None = None,
+    trainable: str | None = None,
     **options: Any,
 ) -> Path | None:
     """`co2s-fast train`: put the configuration together and train it.
@@ -45,10 +46,12 @@ def train_from_options(
     from co2s_fast.engine.trainer import train
 
     config = load_config(recipe, overrides, nested_options(options))
-    if pretrained is not None:
-        files = [f"students.{name}.weights={pretrained / name}.safetensors"
-                 for name in config.students]  # fmt: skip
-        config = load_config(recipe, [*overrides, *files], nested_options(options))
+    changes = [f"students.{name}.weights={pretrained / name}.safetensors"
+               for name in config.students if pretrained is not None]  # fmt: skip
+    changes += [f"students.{name}.trainable={trainable}"
+                for name in config.students if trainable is not None]  # fmt: skip
+    if changes:
+        config = load_config(recipe, [*overrides, *changes], nested_options(options))
     if resume and not (config.folder / CONFIG_FILE).is_file():
         raise UsageError(f"--resume: {config.folder} holds no run (no {CONFIG_FILE})")
     if resume_if_exists:

@@ -17,8 +17,9 @@ def build_optimizer(students: Mapping[str, Student], train: TrainConfig) -> torc
     groups = []
     for name, student in students.items():
         for group in student.parameter_groups(
-            train.lr, train.weight_decay, train.backbone_multiplier, train.decoder_multiplier
-        ):
+            train.lr, train.weight_decay, train.backbone_multiplier, train.decoder_multiplier,
+            train.adapter_multiplier,
+        ):  # fmt: skip
             label = f"{name}/{group.pop('name')}"
             groups.append({**group, "name": label, "initial_lr": group["lr"]})
     return torch.optim.AdamW(groups, betas=train.betas, eps=train.eps, fused=True)

@@ -77,7 +77,8 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
     states = {}
     for index, (name, student_config) in enumerate(config.students.items()):
         seed = student_seed(config.seed, index)
-        student = build_student(student_config, spec.classes, seed=seed).to(device)
+        whole = student_config.model_copy(update={"trainable": "full"})
+        student = build_student(whole, spec.classes, seed=seed).to(device)
         batches = build_loader(data, spec, split, views=("x", "w"), seed=config.seed,
                                start_step=0, total_steps=config.pretrain.steps, device=device)
         losses = train_one(student, iter(batches), config.pretrain, device, seed=seed, name=name,

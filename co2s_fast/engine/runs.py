@@ -59,7 +59,8 @@ def load_run(
 ) -> tuple[RunConfig, DatasetSpec, dict[str, Student]]:
     """Open a run to evaluate it, predict with it or report on it.
 
-    No pretrained weight is fetched: every tensor comes from the checkpoint.
+    No pretrained weight is fetched: every tensor comes from the checkpoint. Low-rank adapters are
+    merged into the weights they stand beside.
 
     Args:
         folder: the run folder.
@@ -85,6 +86,7 @@ def load_run(
         file = f"checkpoint {source / state['files'][name]}"
         check_channels(weights, student.channels, file)
         load_weights(student, weights, file)
+        student.merge_adapters()
         student.provenance = state["provenance"][name]
         students[name] = student.to(device).eval()
     return config, spec, students

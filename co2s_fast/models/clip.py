@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from co2s_fast.errors import UsageError
+from co2s_fast.models.lora import LoraAttention
 from co2s_fast.models.stem import ConvStem
 
 Path = Callable[[nn.Module, Tensor], Tensor]
@@ -31,11 +32,12 @@ def resize_positions(table: Tensor, old: Sequence[int], new: Sequence[int]) -> T
 
 def value_path(block: nn.Module, x: Tensor) -> Tensor:
     """The value-path map of an open_clip residual block: tokens [B, N, C] to the same shape."""
-    attention = block.attn
-    width = x.shape[-1]
-    value = F.linear(
-        block.ln_1(x), attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :]
-    )
+    attention, normed = block.attn, block.ln_1(x)
+    if isinstance(attention, LoraAttention):
+        value = attention.value(normed)
+    else:
+        first = 2 * x.shape[-1]
+        value = F.linear(normed, attention.in_proj_weight[first:], attention.in_proj_bias[first:])
     x = x + block.ls_1(attention.out_proj(value))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 

@@ -109,6 +109,21 @@ class DecoderConfig(_Strict):
         return self
 
 
+class LoraConfig(_Strict):
+    """Low-rank adapters, where `trainable` is "lora" (Hu et al. 2022).
+
+    Attributes:
+        rank: of what is added to each attention weight (the joint query, key and value projection
+            counts as one).
+        alpha: the adapters' output is multiplied by alpha / rank.
+        dropout: on the adapters' input in training.
+    """
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
 class StudentConfig(_Strict):
     """One student: a ViT backbone, class queries and a decoder.
 
@@ -132,7 +147,9 @@ class StudentConfig(_Strict):
         skips: "levels" feeds the decoder's skips from `levels`; "stem" from the convolutional
             stem's own maps, so that `levels` names the deepest map only.
         queries: "text" (fixed) or "learnable" class vectors.
-        trainable: which backbone parameters learn: "attention" only, "full" or "frozen".
+        trainable: which backbone parameters learn: "attention" only, "full", "frozen", or "lora",
+            low-rank adapters beside the frozen attention.
+        lora: rank, alpha and dropout of those adapters.
         feature_dropout: probability of dropping a channel in `Student.perturb`.
         activation: replaces the CLIP tower's activation; None keeps the model's own.
         eps: replaces every LayerNorm's epsilon in the backbone; None keeps the model's own.
@@ -155,7 +172,8 @@ class StudentConfig(_Strict):
     skips: Literal["levels", "stem"] = "levels"
     queries: Literal["text", "learnable"]
     text: TextConfig = Field(default_factory=TextConfig)
-    trainable: Literal["attention", "full", "frozen"] = "attention"
+    trainable: Literal["attention", "full", "frozen", "lora"] = "attention"
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     decoder: DecoderConfig = Field(default_factory=DecoderConfig)
     feature_dropout: float = Field(0.5, ge=0, lt=1)
     activation: Literal["gelu", "quick_gelu"] | None = None

@@ -53,7 +53,8 @@ def colour_positions(channels: int, names: Sequence[str] | None) -> dict[int, in
 def learns_input(config: StudentConfig) -> bool:
     """Whether some band's filter is invented, so that the projection has to learn it."""
     named = len(colour_positions(config.channels, config.bands))
-    return config.trainable == "attention" and (config.channels < 3 or named < config.channels)
+    sparse = config.trainable in ("attention", "lora")
+    return sparse and (config.channels < 3 or named < config.channels)
 
 
 def is_input_layer(name: str) -> bool:

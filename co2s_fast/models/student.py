@@ -19,6 +19,7 @@ from co2s_fast.models.inflate import (
     is_input_layer,
     learns_input,
 )
+from co2s_fast.models.lora import MARK, add_adapters, merge_adapters
 from co2s_fast.models.queries import Named, text_queries
 
 
@@ -128,10 +129,14 @@ class Student(nn.Module):
         weight_decay: float,
         backbone_multiplier: float = 0.01,
         decoder_multiplier: float = 10.0,
+        adapter_multiplier: float = 1.0,
     ) -> list[dict[str, Any]]:
         """Optimizer groups "backbone", "input", "decoder" and "queries", without what is frozen.
 
         "input" is the patch projection where it was inflated to other bands and has to learn them.
+
+        With `trainable="lora"` the first is "adapters", at `adapter_multiplier` times the rate:
+        they start at zero, and the small rate that spares pretrained weights is not for them.
 
         The released learning rates are 1e-6, 1e-3 and 1e-4 for base rate 1e-4, with weight decay
         on every tensor, norms and biases included. Tiny students trained from scratch want
@@ -140,8 +145,11 @@ class Student(nn.Module):
         named = list(self.backbone.named_parameters())
         inputs = [p for name, p in named if learns_input(self.config) and is_input_layer(name)]
         others = [p for _, p in named if all(p is not each for each in inputs)]
+        backbone = ("backbone", others, backbone_multiplier)
+        if self.config.trainable == "lora":
+            backbone = ("adapters", others, adapter_multiplier)
         parts = [
-            ("backbone", others, backbone_multiplier),
+            backbone,
             ("input", inputs, 1.0),
             ("decoder", self.decoder.parameters(), decoder_multiplier),
             ("queries", [self.queries] if isinstance(self.queries, nn.Parameter) else [], 1.0),
@@ -160,11 +168,20 @@ class Student(nn.Module):
         """Number of parameters that learn."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    def merge_adapters(self) -> None:
+        """Add low-rank adapters to their weights: the same outputs from a plain backbone.
+
+        The state dict then has the names of a student without adapters. For inference: what is left
+        of the backbone is frozen. Nothing happens where there are none.
+        """
+        if self.config.trainable == "lora":
+            merge_adapters(self.backbone)
+
     def _freeze(self) -> None:
-        trainable = self.config.trainable
+        mark = {"full": "", "attention": ".attn.", "lora": MARK}.get(self.config.trainable)
         unused = _unused_parts(self.backbone)
         for name, parameter in self.backbone.named_parameters():
-            learns = trainable == "full" or (trainable == "attention" and ".attn." in name)
+            learns = mark is not None and mark in name
             learns |= learns_input(self.config) and is_input_layer(name)
             parameter.requires_grad_(learns and not name.startswith(unused))
 
@@ -197,9 +214,9 @@ def build_student(
     """A student with seeded initialisation and, where asked for, loaded weights left as they are.
 
     `provenance` holds `source` ("random" or the weights' name), `model`, `sha256` of the
-    backbone's tensors as the finished student has them, `tensors` and `parameters` (counts) and
-    `queries` ("learnable" or where the class vectors come from). Nothing is re-initialised after
-    loading; torch's global random state is left as it was.
+    backbone's tensors as the finished student has them (without low-rank adapters), `tensors` and
+    `parameters` (counts) and `queries` ("learnable" or where the class vectors come from).
+    Nothing is re-initialised after loading; torch's global random state is left as it was.
 
     Args:
         config: what to build.
@@ -249,17 +266,21 @@ def build_student(
             check_channels(state, config.channels, f"weights {config.weights}")
             load_strictly(backbone, state, config.weights)
         _override_eps(backbone, config.eps)
-        loaded = checksum(backbone)
+        loaded = built = checksum(backbone)
+        counts = {"tensors": len(backbone.state_dict()),
+                  "parameters": sum(p.numel() for p in backbone.parameters())}  # fmt: skip
         width = backbone.widths[-1]
         queries = _queries(config, classes, width, tower)
         decoder = QueryDecoder(backbone.widths, width, config.decoder)
+        if config.trainable == "lora":  # last: the decoder starts as it does without them
+            add_adapters(backbone, config.lora)
+            built = checksum(backbone)
     provenance = {
         "source": config.weights or "random",
         "model": config.model,
         "channels": config.channels,
         "sha256": loaded,
-        "tensors": len(backbone.state_dict()),
-        "parameters": sum(p.numel() for p in backbone.parameters()),
+        **counts,
         "queries": config.queries if config.queries == "learnable" else _describe(config),
     }
     if config.weights is None and config.trainable != "full":
@@ -270,7 +291,7 @@ def build_student(
             stacklevel=2,
         )
     student = Student(config, backbone, decoder, queries, provenance)
-    if checksum(student.backbone) != loaded:
+    if checksum(student.backbone) != built:
         raise RuntimeError("building the student changed the backbone's loaded weights")
     return student
 
