@@ -17,6 +17,18 @@ from co2s_fast.errors import DataError, UsageError
 from co2s_fast.version import __version__
 
 PATH = click.Path(path_type=Path)
+
+
+def set_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Callback of `--offline`, before anything that could open a connection is imported."""
+    if value:
+        from co2s_fast.offline import go_offline
+
+        go_offline()
+
+
+offline_option = click.option("--offline", is_flag=True, expose_value=False, is_eager=True,
+                              callback=set_offline, help="Open no connection; as HF_HUB_OFFLINE=1.")
 checkpoint_option = click.option("--checkpoint", type=click.Choice(["best", "last"]),
                                  default="best", show_default=True)  # fmt: skip
 
@@ -67,6 +79,11 @@ def main() -> None:
               help="How labelled crops are chosen; class-aware: rare classes more often.")
 @click.option("--trainable", type=click.Choice(["attention", "full", "frozen", "lora"]),
               help="What learns of every backbone; the paper's recipes: attention.")
+@click.option("--clip", multiple=True, metavar="NAME|FILE",
+              help="Weights of the CLIP student: a name of `weights list`, or a file. Given twice: "
+              "students clip and clip2.")
+@click.option("--ssm", multiple=True, metavar="NAME|FILE",
+              help="Weights of the self-supervised student. Given twice: students ssm and ssm2.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change one configuration value, e.g. --set train.steps=500. Repeatable.")
 @click.option("--out", type=PATH, help="Run folder. Default: runs/<dataset>-<split>-<method>.")
@@ -75,6 +92,7 @@ def main() -> None:
 @click.option("--resume-if-exists", is_flag=True,
               help="Continue when --out holds a run, start one otherwise.")
 @click.option("--dry-run", is_flag=True, help="Check configuration and data, train nothing.")
+@offline_option
 @one_line_errors
 def train(**options: Any) -> None:
     r"""Train both students and write a run folder, with an evaluation and a report at the end.
@@ -82,6 +100,7 @@ def train(**options: Any) -> None:
     \b
     co2s-fast train --dataset demo --out runs/demo
     co2s-fast train --dataset potsdam --ratio 1/32 --data-root data/potsdam
+    co2s-fast train --dataset whdld --ratio 1/24 --clip clip-openai --ssm mae
     torchrun --nproc-per-node=2 -m co2s_fast train --dataset potsdam --ratio 1/32
     """
     from co2s_fast.engine.launch import evaluate_run, train_from_options
@@ -143,12 +162,13 @@ def import_checkpoint(
 
 @main.command("eval")
 @click.argument("run", type=PATH)
-@click.option("--student", type=click.Choice(["clip", "ssm", "both", "all"]), default="all",
-              show_default=True, help="Which prediction to score; both: mean of probabilities.")
+@click.option("--student", default="all", show_default=True, metavar="NAME|both|all",
+              help="Which prediction to score: a student (clip, ssm), or the mean of both.")
 @checkpoint_option
 @click.option("--mode", type=click.Choice(["auto", "whole", "sliding"]),
               help="Whole images or sliding windows. Default: the run's own setting.")
 @click.option("--data-root", type=PATH, help="Where the dataset stands now, if it has moved.")
+@offline_option
 @one_line_errors
 def evaluate(run: Path, **options: Any) -> None:
     """Score a run on its validation images: per-class IoU, mIoU, F1, accuracy, kappa."""
@@ -163,8 +183,8 @@ def evaluate(run: Path, **options: Any) -> None:
 @click.option("-o", "--out", type=PATH, required=True, help="Folder to write the maps to.")
 @click.option("--val", "validation", type=int, metavar="N",
               help="Predict the first N validation images of the run instead.")
-@click.option("--student", type=click.Choice(["clip", "ssm", "both"]), default="both",
-              show_default=True)
+@click.option("--student", default="both", show_default=True, metavar="NAME|both",
+              help="One student (clip, ssm), or the mean of both.")
 @checkpoint_option
 @click.option("--scale", type=float, help="Factor on an image's size before it goes through the "
               "students. Default: what the dataset's tiles were cut at.")
@@ -173,6 +193,7 @@ def evaluate(run: Path, **options: Any) -> None:
 @click.option("--polygons", is_flag=True, help="Also write a GeoPackage (GeoTIFFs only).")
 @click.option("--shard", metavar="I/N", help="Take the I-th of N shares of the images.")
 @click.option("--overwrite", is_flag=True, help="Do again the maps that are there already.")
+@offline_option
 @one_line_errors
 def predict(run: Path, images: tuple[str, ...], **options: Any) -> None:
     r"""Write a class map for every image: PNG for PNG and JPEG, GeoTIFF for GeoTIFF.
@@ -194,8 +215,8 @@ def predict(run: Path, images: tuple[str, ...], **options: Any) -> None:
 @click.argument("run", type=PATH)
 @click.option("--format", type=click.Choice(["onnx", "pt2"]), default="onnx", show_default=True,
               help="onnx for onnxruntime and others, pt2 for torch.export.load.")
-@click.option("--student", type=click.Choice(["clip", "ssm", "both"]), default="both",
-              show_default=True, help="One student, or both fused: mean of probabilities.")
+@click.option("--student", default="both", show_default=True, metavar="NAME|both",
+              help="One student (clip, ssm), or both fused: mean of probabilities.")
 @click.option("--output", type=click.Choice(["probabilities", "labels"]), default="probabilities",
               show_default=True, help="labels: class of each pixel, and its probability.")
 @click.option("--tile", type=click.IntRange(min=1), metavar="PIXELS",
@@ -246,6 +267,75 @@ def doctor() -> None:
     from co2s_fast.engine.doctor import diagnose
 
     click.echo(diagnose())
+
+
+@main.group()
+def weights() -> None:
+    """List, fetch, import and verify pretrained weights."""
+
+
+@weights.command("list")
+@one_line_errors
+def list_weights() -> None:
+    """Show the known weights: model, licence, source, and where they lie on this machine."""
+    from co2s_fast.models.weights.convert import table
+
+    click.echo(table())
+
+
+@weights.command("fetch")
+@click.argument("names", nargs=-1, required=True)
+@click.option("-o", "--out", type=PATH, help="Folder for a copy, to take to another machine.")
+@offline_option
+@one_line_errors
+def fetch_weights(names: tuple[str, ...], out: Path | None) -> None:
+    """Download weights by name, and note their checksums."""
+    from co2s_fast.models.weights.registry import entry_named
+    from co2s_fast.models.weights.store import fetch
+
+    for entry in [entry_named(name) for name in names]:
+        click.echo(fetch(entry, out))
+
+
+@weights.command("import")
+@click.argument("file", type=PATH)
+@click.option("--as", "name", metavar="NAME", help="What the file is: a name of `weights list`.")
+@click.option("--layout", help="How the file names its tensors. Default: told by its keys.")
+@click.option("-o", "--out", type=PATH, metavar="FILE.safetensors",
+              help="Default: where --as NAME is looked for.")
+@offline_option
+@one_line_errors
+def import_weights(file: Path, out: Path | None, name: str | None, layout: str | None) -> None:
+    r"""Convert an original release's file to safetensors with model, mean and deviation inside.
+
+    \b
+    co2s-fast weights import simmim_pretrain__vit_base__img224__800ep.pth --as simmim
+    co2s-fast weights import checkpoint_teacher.pth --layout ibot -o ibot.safetensors
+    """
+    from co2s_fast.models.weights.convert import import_weights
+
+    click.echo(import_weights(file, out, name=name, layout=layout))
+
+
+@weights.command("verify")
+@click.argument("paths", nargs=-1, type=PATH, metavar="[FILE]...")
+@offline_option
+@one_line_errors
+def verify_weights(paths: tuple[Path, ...]) -> None:
+    """Check keys, shapes and checksums of files, or of all known weights on this machine."""
+    from co2s_fast.models.weights.convert import verify, verify_all
+
+    if paths:
+        for path in paths:
+            click.echo(f"{path}: {verify(path)}")
+        return
+    found = verify_all()
+    for name, told, _ in found:
+        click.echo(f"{name}: {told}")
+    if not found:
+        click.echo("none of the known weights is on this machine; see co2s-fast weights list")
+    if not all(well for _, _, well in found):
+        sys.exit(DataError.exit_code)
 
 
 @main.group()

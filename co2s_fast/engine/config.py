@@ -17,6 +17,7 @@ from co2s_fast.engine.evaluation import EvalConfig
 from co2s_fast.errors import UsageError
 from co2s_fast.methods import METHODS, get_method
 from co2s_fast.models import StudentConfig
+from co2s_fast.models.weights.choose import put_students
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CONFIG_FILE = "config.yaml"
@@ -167,16 +168,18 @@ def load_config(
         recipe: name of a recipe of the package, or path of a YAML file; None: the default of the
             dataset that `options` or `overrides` name.
         overrides: "section.key=value", the value in YAML.
-        options: nested values that win over everything, e.g. `{"data": {"ratio": "1/32"}}`.
+        options: nested values that win over everything, e.g. `{"data": {"ratio": "1/32"}}`; its
+            key "chosen" holds students for `put_students`.
 
     Raises:
         UsageError: anything is unknown or wrong; all of it is listed.
     """
     options = dict(options or {})
+    chosen = options.pop("chosen", {})
     changes = merge(parse_overrides(overrides), options)
     if recipe is None:
         recipe = default_recipe(str(changes.get("data", {}).get("dataset", "demo")))
-    content = read_recipe(recipe)
+    content = put_students(read_recipe(recipe), chosen)
     name = changes.get("method", {}).get("name")
     if name is not None and content.get("method", {}).get("name") != name:
         content["method"] = {}  # options of another method would be unknown to this one

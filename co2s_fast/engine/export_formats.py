@@ -48,7 +48,7 @@ class FusedStudents(nn.Module):
         """Images [B, C, tile, tile] as the students take them, not normalised."""
         tile = self.tile
         logits = [
-            upsample(student(images), tile, tile, student.patch_size)
+            upsample(student(images), tile, tile, student.pads_to)
             for student in self.students.values()
         ]
         probabilities = torch.stack([each.softmax(1) for each in logits]).mean(0)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from co2s_fast.engine.metrics import AbsentRule
-from co2s_fast.engine.sliding_window import resize_logits, sliding_window, upsample
+from co2s_fast.engine.sliding_window import padding_of, resize_logits, sliding_window, upsample
 from co2s_fast.errors import UsageError
 
 BOTH = "both"
@@ -26,7 +26,8 @@ class EvalConfig(BaseModel):
         crop: side of a window in pixels; None: the dataset's training crop.
         stride: distance of windows as a share of the crop, rounded down to pixels.
         batch_windows: windows (or whole small images) that go through a student at once.
-        student: which prediction to score: one student, "both" (mean of probabilities), or "all".
+        student: which prediction to score: a student's name, "both" (mean of probabilities), or
+            "all".
         absent: what a class without ground truth does to the mean, see `Metrics`.
         precision: "bfloat16" runs the students under autocast; "auto" does so on CUDA only.
         panels: number of validation images to draw.
@@ -38,7 +39,7 @@ class EvalConfig(BaseModel):
     crop: int | None = Field(default=None, ge=1)
     stride: float = Field(default=5 / 6, gt=0, le=1)
     batch_windows: int = Field(default=8, ge=1)
-    student: Literal["clip", "ssm", "both", "all"] = "all"
+    student: str = "all"
     absent: AbsentRule = "skip"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     panels: int = Field(default=6, ge=0)
@@ -78,7 +79,7 @@ def image_logits(
 ) -> Logits:
     """Logits of equal-sized images [B,C,H,W], whole or by windows as the configuration says."""
     height, width = images.shape[-2:]
-    patch = int(getattr(network, "patch_size", 1))
+    patch = padding_of(network)
     if config.mode == "sliding" and crop is None:
         raise UsageError("eval.crop: sliding windows need a size in pixels, found none")
     fits = crop is None or max(height, width) <= crop

@@ -90,6 +90,10 @@ def nested_options(options: dict[str, Any]) -> dict[str, Any]:
         train["class_weight"] = options["class_weight"]
     nested |= {"train": train} if train else {}
     nested |= {key: options[key] for key in ("seed", "out") if options.get(key) is not None}
+    if options.get("clip") or options.get("ssm"):
+        from co2s_fast.models.weights.choose import students_for
+
+        nested["chosen"] = students_for(options.get("clip") or (), options.get("ssm") or ())
     return nested
 
 

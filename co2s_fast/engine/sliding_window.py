@@ -64,6 +64,11 @@ def window_rows(
     ]
 
 
+def padding_of(network: object) -> int:
+    """What a network pads images to multiples of: its `pads_to`, else `patch_size`, else 1."""
+    return int(getattr(network, "pads_to", getattr(network, "patch_size", 1)))
+
+
 def upsample(logits: Tensor, height: int, width: int, patch: int = 1) -> Tensor:
     """Bring logits [B,K,h,w] to the grid of the image [B,K,height,width] they belong to.
 
@@ -117,7 +122,7 @@ def sliding_window(
         border: what happens at the right and bottom border, see `window_starts`.
         average: what is summed over the windows.
         blend: weight of a pixel inside its window, constant or falling towards the edges.
-        patch: the network pads to multiples of this; `network.patch_size` (or 1) when None.
+        patch: the network pads to multiples of this; `padding_of(network)` when None.
 
     Returns:
         float32 (float64 for float64 logits) [B,K,H,W].
@@ -193,7 +198,7 @@ def stream(
         border: see `window_starts`.
         average: what is summed over the windows.
         blend: weight of a pixel inside its window.
-        patch: the network pads to multiples of this; `network.patch_size` (or 1) when None.
+        patch: the network pads to multiples of this; `padding_of(network)` when None.
         columns: first column and end of the strip of the image that is wanted; None: all of it.
             Strips side by side equal the whole, and memory is that of a strip.
         empty: whether a window holds nothing of interest: it is not put through the network. A
@@ -205,7 +210,7 @@ def stream(
     """
     if batch_windows < 1:
         raise ValueError(f"batch_windows: expected at least 1, got {batch_windows}")
-    patch = patch or int(getattr(network, "patch_size", 1))
+    patch = patch or padding_of(network)
     first, end = columns or (0, width)
     rows = window_rows(height, width, crop, stride, border)
     total: Tensor | None = None  # sums of the rows of pixels from `top` on

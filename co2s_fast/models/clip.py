@@ -21,13 +21,18 @@ from co2s_fast.models.stem import ConvStem
 Path = Callable[[nn.Module, Tensor], Tensor]
 
 
-def resize_positions(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """Position table [1 + h*w, C] on another grid: bicubic, align_corners False, class row kept."""
+def resize_positions(
+    table: Tensor, old: Sequence[int], new: Sequence[int], prefix: int = 1
+) -> Tensor:
+    """Position table [prefix + h*w, C] on another grid: bicubic, align_corners False.
+
+    The first `prefix` rows, of the class token, are kept.
+    """
     if tuple(old) == tuple(new):
         return table
-    grid = table[1:].unflatten(0, tuple(old)).permute(2, 0, 1)[None]
+    grid = table[prefix:].unflatten(0, tuple(old)).permute(2, 0, 1)[None]
     grid = F.interpolate(grid, tuple(new), mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], grid[0].flatten(1).T])
+    return torch.cat([table[:prefix], grid[0].flatten(1).T])
 
 
 def value_path(block: nn.Module, x: Tensor) -> Tensor:

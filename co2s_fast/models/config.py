@@ -136,8 +136,9 @@ class StudentConfig(_Strict):
         backbone: "clip" (open_clip ViT, value-path maps) or "timm" (any timm ViT, block outputs).
         model: open_clip or timm model name, a JSON file with an open_clip model description, or
             "tiny-clip" / "tiny-ssm".
-        weights: None for random ones; an open_clip or timm pretrained tag ("pretrained" is timm's
-            default tag); or a `.safetensors`, `.pt`, `.pth` or `.bin` file.
+        weights: None for random ones; a name of `co2s-fast weights list` that goes with `model`;
+            an open_clip or timm pretrained tag ("pretrained" is timm's default tag); or a
+            `.safetensors`, `.pt`, `.pth` or `.bin` file of a layout known to `weights import`.
         overrides: keyword arguments for the model: timm's constructor, or entries of the open_clip
             model description (nested dictionaries are merged).
         levels: the feature maps, shallow to deep. CLIP: block numbers, and the number of blocks
@@ -160,6 +161,9 @@ class StudentConfig(_Strict):
         bands: the channels' names; "red", "green" and "blue" mean something to the inflation.
         normalization: image mean and standard deviation.
         mean, std: of each channel of an image in [0, 1], in place of the normalisation's.
+        odd_sizes: images whose sides are no multiple of the patch are padded at the right and
+            bottom ("pad"), or resized to the next multiple ("resize"), which keeps the logits over
+            the image where a patch, such as DINOv2's 14, divides no usual crop.
         gradient_checkpointing: recompute the backbone's blocks in the backward pass.
     """
 
@@ -181,9 +185,10 @@ class StudentConfig(_Strict):
     rope: Literal["fp32", "bf16"] = "fp32"
     channels: int = Field(3, ge=1)
     bands: tuple[str, ...] | None = None
-    normalization: Literal["imagenet", "clip", "none"] = "imagenet"
+    normalization: Literal["imagenet", "clip", "satellite", "none"] = "imagenet"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    odd_sizes: Literal["pad", "resize"] = "pad"
     gradient_checkpointing: bool = False
 
     @model_validator(mode="before")

@@ -31,6 +31,8 @@ RGB = ("red", "green", "blue")
 NORMALIZATION = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    # Of SAT-493M, which Meta's DINOv3 for satellite images was trained on (timm 1.0, `eva.py`).
+    "satellite": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 # Where a backbone's state dict has the layer that takes the image, by the end of its name.

@@ -2,89 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.clip import ClipBackbone, resize_positions
 from co2s_fast.models.config import StudentConfig, merge
 from co2s_fast.models.inflate import input_conv
-from co2s_fast.models.official import State, clip_from_official, dinov3_from_official
 from co2s_fast.models.presets import TINY_CLIP_MODEL, TINY_SSM_MODEL
 from co2s_fast.models.ssm import TimmBackbone
 from co2s_fast.models.stem import ConvStem
+from co2s_fast.models.weights.files import (
+    State,
+    is_file_name,
+    load_strictly,
+    metadata,
+    read_state_dict,
+    state_sha256,
+)
+from co2s_fast.models.weights.layouts import detect
+from co2s_fast.models.weights.layouts import translate as translate_layout
+from co2s_fast.models.weights.store import from_hub, resolve
 
 OWN_BACKBONE = {"format": "co2s-fast backbone"}
 """Metadata of a safetensors file that holds a whole backbone under this package's own names."""
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-
-
-def is_file_name(weights: str) -> bool:
-    """Whether `weights` names a checkpoint file rather than a pretrained tag."""
-    return weights.endswith(WEIGHT_SUFFIXES) or os.sep in weights
-
-
-def read_state_dict(path: str | Path) -> State:
-    """A flat state dict from a safetensors file or a torch file, without unpickling objects.
-
-    Nesting under `model`, `state_dict` or `state` and the prefix `module.` are taken away.
-
-    Raises:
-        DataError: missing, unreadable, or not a dictionary of tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"weights {path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # any of torch's, pickle's, zip's or safetensors' own errors
-        raise DataError(f"weights {path}: cannot be read ({error})") from error
-    for key in ("model", "state_dict", "state"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state:
-        raise DataError(f"weights {path}: expected a dictionary of tensors, found {type(state)}")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    other = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if other:
-        raise DataError(f"weights {path}: entries that are no tensors: {other[:5]}")
-    return state
-
-
 def is_own_backbone(path: str | Path) -> bool:
     """Whether a file was written by `co2s-fast pretrain`: a whole backbone, its stem included."""
-    from safetensors import SafetensorError, safe_open
-
-    if not str(path).endswith(".safetensors") or not Path(path).is_file():
-        return False
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") == OWN_BACKBONE["format"]
-    except SafetensorError:
-        return False  # reading the tensors says what is wrong
+    return metadata(path).get("format") == OWN_BACKBONE["format"]
 
 
 def checksum(module: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a module's state dict, in order of name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return state_sha256(module.state_dict())
 
 
 def clip_description(model: str, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -116,38 +71,33 @@ def load_clip(
     import open_clip
 
     description = clip_description(model, overrides or {})
-    if weights is not None and not is_file_name(weights):
-        if overrides or open_clip.pretrained.get_pretrained_cfg(model, weights) is None:
+    found = resolve("clip", model, weights)
+    if found is not None and not is_file_name(found):
+        if overrides or open_clip.pretrained.get_pretrained_cfg(model, found) is None:
             known = open_clip.list_pretrained_tags_by_model(model)
             raise UsageError(
-                f"weights {weights!r}: expected a file or, without overrides, one of {known} for "
-                f"model {model!r}"
+                f"weights {weights!r}: expected a name of `co2s-fast weights list`, a file or, "
+                f"without overrides, one of {known} for model {model!r}"
             )
-        return open_clip.create_model(model, pretrained=weights, require_pretrained=True).eval()
+        with from_hub("clip", model, found):
+            return open_clip.create_model(model, pretrained=found, require_pretrained=True).eval()
     try:
         clip = open_clip.CLIP(**description)
     except TypeError as error:
         raise UsageError(f"model {model!r}: open_clip refuses its description: {error}") from error
-    if weights is not None:
-        _load_clip_file(clip, weights)
+    if found is not None:
+        _load_clip_file(clip, found)
     return clip.eval()
 
 
 def _load_clip_file(clip: nn.Module, path: str) -> None:
     """Both towers from a whole CLIP model, or the vision tower alone; which is told by the keys."""
     state = read_state_dict(path)
-    if any(key.endswith("patch_embed.projection.weight") for key in state):
-        state = translate(clip_from_official, state, path)
-        state = {f"visual.{key}": value for key, value in state.items()}
-    elif not any(key.startswith("visual.") for key in state):
-        state = {f"visual.{key}": value for key, value in state.items()}
-    state = {key: value.float() if value.is_floating_point() else value
-             for key, value in state.items()}  # fmt: skip
+    state = translate_layout(detect(state, path, "clip"), state, path)
     name = "visual.positional_embedding"
     grid = clip.visual.grid_size
     if name in state and len(state[name]) != grid[0] * grid[1] + 1:
-        side = round((len(state[name]) - 1) ** 0.5)
-        state[name] = resize_positions(state[name], (side, side), grid)
+        state[name] = resize_positions(state[name], _square(len(state[name]) - 1, path), grid)
     whole = any(not key.startswith("visual.") for key in state)
     if whole:
         load_strictly(clip, state, path)
@@ -157,33 +107,19 @@ def _load_clip_file(clip: nn.Module, path: str) -> None:
     clip.has_text_weights = whole
 
 
+def _square(count: int, path: str) -> tuple[int, int]:
+    side = round(count**0.5)
+    if side * side != count:
+        raise DataError(f"weights {path}: a table of {count} positions, which is no square grid")
+    return side, side
+
+
 def translate(rule: Callable[[State], State], state: State, path: str | Path) -> State:
     """`rule(state)` whose failure names the file."""
     try:
         return rule(state)
     except (KeyError, ValueError) as error:
         raise DataError(f"weights {path}: {error}") from error
-
-
-def load_strictly(module: nn.Module, state: State, path: str | Path) -> None:
-    """`load_state_dict` whose failure is one line that names the file and the first keys.
-
-    Raises:
-        DataError: missing or unexpected keys, or other shapes.
-    """
-    own = module.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    shapes = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & state.keys())
-        if own[key].shape != state[key].shape
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "other shapes": shapes}
-    told = "; ".join(f"{k}: {len(v)}, e.g. {v[:3]}" for k, v in problems.items() if v)
-    if told:
-        raise DataError(f"weights {path} do not fit {type(module).__name__}: {told}")
-    module.load_state_dict(state)
 
 
 def tokenizer_for(model: str, tower: nn.Module) -> Callable[[list[str]], Tensor]:
@@ -234,7 +170,8 @@ def build_timm_backbone(config: StudentConfig) -> TimmBackbone:
     import timm
 
     name = TINY_SSM_MODEL if config.model == "tiny-ssm" else config.model
-    tag = config.weights if config.weights and not is_file_name(config.weights) else None
+    weights = resolve("ssm", name, config.weights)
+    tag = weights if weights and not is_file_name(weights) else None
     if tag not in (None, "pretrained"):
         name = f"{name.split('.')[0]}.{tag}"
     if not timm.is_model(name) or (tag is not None and not timm.is_model_pretrained(name)):
@@ -242,17 +179,16 @@ def build_timm_backbone(config: StudentConfig) -> TimmBackbone:
             f"model {config.model!r} with weights {config.weights!r}: timm knows no such model; "
             f"tags: {timm.list_pretrained(name.split('.')[0] + '*')[:8]}"
         )
-    options = {"dynamic_img_size": True, "num_classes": 0, **config.overrides}
-    try:
-        model = timm.create_model(name, pretrained=tag is not None, **options)
-    except TypeError as error:
-        raise UsageError(f"model {name!r} with {options}: timm refuses: {error}") from error
-    if config.weights is not None and tag is None:
-        state = read_state_dict(config.weights)
-        if any(key.endswith("storage_tokens") for key in state):
-            state = translate(dinov3_from_official, state, config.weights)
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
-        load_strictly(model, state, config.weights)
+    # timm's BEiT has no such option; TimmBackbone lets it take any size.
+    dynamic = {} if name.startswith("beit") else {"dynamic_img_size": True}
+    options = {**dynamic, "num_classes": 0, **config.overrides}
+    with from_hub("ssm", name, tag):
+        try:
+            model = timm.create_model(name, pretrained=tag is not None, **options)
+        except TypeError as error:
+            raise UsageError(f"model {name!r} with {options}: timm refuses: {error}") from error
+    if weights is not None and tag is None:
+        _load_timm_file(model, weights)
     stem = None
     if config.stem == "conv":
         stem = ConvStem(model.embed_dim, model.patch_embed.patch_size[0], config.channels)
@@ -267,6 +203,20 @@ def build_timm_backbone(config: StudentConfig) -> TimmBackbone:
         rope=config.rope,
         gradient_checkpointing=config.gradient_checkpointing,
     )
+
+
+def _load_timm_file(model: nn.Module, path: str) -> None:
+    """Any known layout; a square table of positions is brought to the model's grid."""
+    state = read_state_dict(path)
+    state = translate_layout(detect(state, path, "ssm"), state, path)
+    own, table = getattr(model, "pos_embed", None), state.get("pos_embed")
+    if own is not None and table is not None and table.shape[1] != own.shape[1]:
+        grid = model.patch_embed.grid_size
+        prefix = own.shape[1] - grid[0] * grid[1]
+        state["pos_embed"] = resize_positions(
+            table[0], _square(table.shape[1] - prefix, path), grid, prefix=prefix
+        )[None]
+    load_strictly(model, state, path)
 
 
 def _stem_skips(config: StudentConfig) -> int:

@@ -63,6 +63,10 @@ def text_queries(
             "(source 'hash' gives fixed vectors without weights)"
         )
     tower = tower if tower is not None else load_clip(config.model, config.weights)
+    if not getattr(tower, "has_text_weights", True):
+        raise UsageError(
+            f"text.weights {config.weights}: holds a vision tower only, expected a whole CLIP model"
+        )
     tokenize = tokenizer_for(config.model, tower)
     queries = torch.stack(
         [_average([config.template.format(concept=c) for c in concepts_of(cls)], tokenize, tower)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from co2s_fast.errors import UsageError
+from co2s_fast.models.relative import free_grid
 from co2s_fast.models.stem import ConvStem
 
 
@@ -104,6 +105,7 @@ class TimmBackbone(nn.Module):
             *[model.embed_dim] * len(levels),
         ]
         _prepare_rope(model, rope)
+        self._told_the_grid = free_grid(model)
         model.set_grad_checkpointing(gradient_checkpointing)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -116,6 +118,8 @@ class TimmBackbone(nn.Module):
         if self.stem is not None:
             stem_maps, images = self.stem(images)
             maps = self.stem.skip_maps(stem_maps, self.stem_skips) if self.stem_skips else []
+        for module in self._told_the_grid:
+            module.grid = grid
         tokens = self.model.forward_intermediates(
             images,
             indices=list(self.levels),

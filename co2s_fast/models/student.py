@@ -30,6 +30,7 @@ class Student(nn.Module):
         num_classes: K.
         channels: N, of the images.
         patch_size: side of a token in pixels.
+        pads_to: logits cover the image padded to multiples of this; 1 where they cover the image.
         queries: class vectors [K, d], a parameter where they are learnable, else a buffer.
         provenance: what the student started from; see `build_student`.
     """
@@ -49,6 +50,7 @@ class Student(nn.Module):
         self.provenance = provenance
         self.num_classes = queries.shape[0]
         self.patch_size: int = backbone.patch_size
+        self.pads_to = self.patch_size if config.odd_sizes == "pad" else 1
         if config.queries == "learnable":
             self.queries = nn.Parameter(queries)
         else:
@@ -66,7 +68,7 @@ class Student(nn.Module):
         Args:
             images: [B, N, H, W], uint8, or float in [0, 1]. Any size; sides that are no multiple
                 of `patch_size` are padded at the right and bottom with the mean colour, so that
-                every student sees the same grid.
+                students of one patch see the same grid, or resized; see `odd_sizes`.
 
         Raises:
             TypeError, ValueError: another dtype or shape.
@@ -79,10 +81,12 @@ class Student(nn.Module):
         elif not images.is_floating_point():
             raise TypeError(f"images must be uint8, or float in [0, 1], got {images.dtype}")
         images = (images.to(self.mean.dtype) - self.mean) / self.std
-        patch = self.patch_size
-        right, bottom = -images.shape[-1] % patch, -images.shape[-2] % patch
-        if right or bottom:
+        height, width = images.shape[-2:]
+        bottom, right = (-side % self.patch_size for side in (height, width))
+        if (right or bottom) and self.pads_to > 1:
             images = F.pad(images, (0, right, 0, bottom))
+        elif right or bottom:
+            images = F.interpolate(images, (height + bottom, width + right), mode="bilinear")
         return self.backbone(images)
 
     def perturb(
@@ -308,7 +312,7 @@ def _queries(
     if config.queries == "learnable":
         return torch.randn(len(classes), width) * 0.02
     text = config.text
-    same = (text.model, text.weights) == (config.model, config.weights) and not config.overrides
+    same = (text.model, text.weights) == (config.model, config.weights)
     shared = tower if same and getattr(tower, "has_text_weights", True) else None
     return text_queries(text, classes, width, tower=shared)
 

@@ -18,7 +18,7 @@ from co2s_fast.report.run import STUDENT_NAMES, Run, flat, read_run
 SEED_KEYS = ("seed", "out")
 # These do not change what a run computes.
 SILENT_KEYS = ("data.root", "data.workers", "train.device", "train.tensorboard", "train.log_every")
-PREDICTIONS = ("clip", "ssm", "both")
+PREDICTIONS = ("clip", "clip2", "ssm", "ssm2", "both")
 
 
 @dataclass

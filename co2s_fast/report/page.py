@@ -283,7 +283,7 @@ def panel_rows(run: Run) -> dict[str, Any]:
     order = [
         "image",
         "truth",
-        *[n for n in ("clip", "ssm") if any(n in p.parts for p in run.panels)],
+        *[n for n in ("clip", "clip2", "ssm", "ssm2") if any(n in p.parts for p in run.panels)],
     ]
     others = dict.fromkeys(part for panel in run.panels for part in panel.parts)
     order += [p for p in others if p not in (*order, "both", "disagreement")]

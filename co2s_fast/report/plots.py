@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 # Okabe and Ito's colours: apart for readers with any form of colour blindness.
-STUDENT_COLORS = {"clip": "#0072b2", "ssm": "#d55e00", "both": "#1a1a1a"}
+STUDENT_COLORS = {"clip": "#0072b2", "clip2": "#d55e00", "ssm": "#d55e00", "ssm2": "#0072b2",
+                  "both": "#1a1a1a"}  # fmt: skip
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1a1a1a", "#8c6d31")
 MAX_POINTS = 600
 

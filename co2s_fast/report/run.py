@@ -15,8 +15,9 @@ from co2s_fast.engine.log import read_metrics
 from co2s_fast.engine.metrics import Metrics
 from co2s_fast.errors import DataError, UsageError
 
-STUDENT_NAMES = {"clip": "CLIP student", "ssm": "SSM student", "both": "Both students"}
-SHORT_NAMES = {"clip": "CLIP", "ssm": "SSM", "both": "both"}
+STUDENT_NAMES = {"clip": "CLIP student", "clip2": "second CLIP student", "ssm": "SSM student",
+                 "ssm2": "second SSM student", "both": "Both students"}  # fmt: skip
+SHORT_NAMES = {"clip": "CLIP", "clip2": "CLIP 2", "ssm": "SSM", "ssm2": "SSM 2", "both": "both"}
 
 
 @dataclass(frozen=True)
