@@ -18,6 +18,7 @@ _HOME = {
     "load_image": "files",
     "load_label": "files",
     "Split": "splits",
+    "open_dataset": "splits",
     "open_split": "splits",
     "find_root": "splits",
     "read_split": "splits",

@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from co2s_fast.data.imagery import BandNumber, BandStatistics, RasterSpec
 from co2s_fast.errors import UsageError
 
 IGNORE = 255
@@ -145,7 +153,12 @@ class DatasetSpec(_Strict):
             (long, short), to which images are fitted times a factor drawn in [lo, hi];
             validation then brings the short side to `short`.
         scale_range: (lo, hi).
-        bands: channels of the images.
+        bands: bands of the rasters that make the channels, in this order, counted from 1; a
+            number N means the first N. None: the first three, or a single one as grey.
+        display: the three of these bands that pictures show; None: the first three channels.
+        raster: stretch and nodata of rasters.
+        statistics: what `data prepare` found in the training images; None where images are 8-bit
+            colour or grey, which pass as they are.
         mask: the value map of the raw masks.
         files: where raw images and masks are, or a list of layouts in which the raw files come:
             the first whose `images` match is taken. Needed by `data prepare` only.
@@ -160,7 +173,10 @@ class DatasetSpec(_Strict):
     crop: int = Field(default=512, ge=16)
     scale: Literal["native"] | tuple[int, int] = "native"
     scale_range: tuple[float, float] = (0.5, 2.0)
-    bands: int = Field(default=3, ge=1)
+    bands: list[BandNumber] | None = Field(default=None, min_length=1)
+    display: tuple[BandNumber, BandNumber, BandNumber] | None = None
+    raster: RasterSpec = RasterSpec()
+    statistics: BandStatistics | None = None
     mask: MaskSpec = MaskSpec()
     files: FilesSpec | list[FilesSpec] | None = None
     tile: TileSpec = TileSpec()
@@ -171,6 +187,19 @@ class DatasetSpec(_Strict):
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images as the students get them."""
+        return 3 if self.bands is None else len(self.bands)
+
+    @property
+    def display_channels(self) -> tuple[int, int, int]:
+        """Channels, counted from 0, that pictures show as red, green and blue."""
+        if self.display is not None:
+            numbers = self.bands or [1, 2, 3]
+            return tuple(numbers.index(band) for band in self.display)
+        return (0, 1, 2) if self.channels >= 3 else (0, 0, 0)
 
     @property
     def class_names(self) -> list[str]:
@@ -186,15 +215,35 @@ class DatasetSpec(_Strict):
     def palette(self) -> list[Color]:
         return [c.color for c in self.classes]
 
+    @field_validator("bands", mode="before")
+    @classmethod
+    def _number_of_bands(cls, bands: Any) -> Any:
+        # A number says how many; runs of earlier versions have 3 here.
+        if isinstance(bands, int) and not isinstance(bands, bool) and bands > 0:
+            return None if bands == 3 else list(range(1, bands + 1))
+        return bands
+
     @model_validator(mode="after")
     def _is_consistent(self) -> DatasetSpec:
         problems = [*_repeated("class name", self.class_names), *_mask_problems(self)]
         problems += _repeated("class color", self.palette)
         if not 0 < self.scale_range[0] <= self.scale_range[1]:
             problems.append(f"scale_range {self.scale_range} must be 0 < low <= high")
+        problems += _band_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _band_problems(spec: DatasetSpec) -> list[str]:
+    bands = [1, 2, 3] if spec.bands is None else spec.bands
+    problems = [*_repeated("band", bands)]
+    problems += [f"display: band {band} is not one of bands {', '.join(map(str, bands))}"
+                 for band in dict.fromkeys(spec.display or ()) if band not in bands]
+    found = spec.channels if spec.statistics is None else len(spec.statistics.low)
+    if found != spec.channels:
+        problems.append(f"statistics are of {found} channels, bands of {spec.channels}")
+    return problems
 
 
 def _repeated(what: str, values: list[Any]) -> list[str]:

@@ -120,6 +120,35 @@ def find_root(config: DataConfig, spec: DatasetSpec) -> Path:
     )
 
 
+def open_dataset(config: DataConfig) -> DatasetSpec:
+    """The dataset of a run, with the band statistics of its prepared folder.
+
+    A description that was written by hand knows no statistics; those that `data prepare` stored
+    are taken from the folder that `find_root` will find.
+
+    Raises:
+        UsageError: no such dataset, or a wrong description.
+        DataError: the folder was prepared from other bands.
+    """
+    spec = load_dataset(config.dataset)
+    if spec.statistics is not None:
+        return spec
+    root = next((r for r in candidate_roots(config, spec) if (r / "images").is_dir()), None)
+    if root is None or not (root / DESCRIPTION).is_file():
+        return spec
+    found = load_dataset(root / DESCRIPTION)
+    if spec.bands is not None and spec.bands != found.bands:
+        raise DataError(f"{root / DESCRIPTION}: was prepared from bands "
+                        f"{_band_list(found)}; dataset {spec.name!r} has {_band_list(spec)}")
+    return spec.model_copy(update={
+        "bands": found.bands, "statistics": found.statistics, "raster": found.raster,
+        "display": spec.display or found.display})
+
+
+def _band_list(spec: DatasetSpec) -> str:
+    return "first three" if spec.bands is None else ", ".join(map(str, spec.bands))
+
+
 def candidate_roots(config: DataConfig, spec: DatasetSpec) -> list[Path]:
     """Where `find_root` looks, in order."""
     if config.root is not None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from co2s_fast.data import Batch, build_loader, load_dataset, open_split
+from co2s_fast.data import Batch, build_loader, open_dataset, open_split
 from co2s_fast.data.files import replacing, write_text
 from co2s_fast.engine.bands import channels_of, fit_students
 from co2s_fast.engine.config import PretrainConfig, RunConfig
@@ -57,7 +57,7 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
         if student.weights is not None:
             raise UsageError(f"pretrain: student {name} starts from weights {student.weights!r}; "
                              "pretraining is for students that start from random ones")
-    spec = load_dataset(config.data.dataset)
+    spec = open_dataset(config.data)
     config = fit_students(config, spec)
     split = open_split(config.data, spec)
     try:

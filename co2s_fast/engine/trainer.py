@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from co2s_fast import ops
-from co2s_fast.data import Batch, load_dataset, open_split, steps_per_epoch
+from co2s_fast.data import Batch, open_dataset, open_split, steps_per_epoch
 from co2s_fast.data.damage import Damaged
 from co2s_fast.data.files import write_text
 from co2s_fast.data.imbalance import class_weights, labeled_pixels
@@ -115,7 +115,7 @@ class Trainer:
         data = self.config.data
         use = "resume" if resume and can_resume(self.folder) else "train"
         self.loader = choose_loader(data, self.device)
-        self.spec = load_dataset(data.dataset)
+        self.spec = open_dataset(data)
         self.config = fit_students(self.config, self.spec)
         if self.ranks.is_main:  # the first process may generate data or write a split
             self.split = open_split(data, self.spec, use)
