@@ -13,7 +13,7 @@ from co2s_fast.data.ahead import Ahead
 from co2s_fast.data.batch import Batch
 from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.config import DataConfig
-from co2s_fast.data.plan import VIEWS, Plan
+from co2s_fast.data.plan import PARTNER, VIEWS, Plan
 from co2s_fast.data.splits import Split
 from co2s_fast.errors import UsageError
 
@@ -106,7 +106,7 @@ def build_loader(
         UsageError: unknown views, a batch that ranks cannot share, no unlabelled image to view, a
             pipeline that cannot run here.
     """
-    unknown = set(views) - set(VIEWS)
+    unknown = set(views) - {*VIEWS, PARTNER}
     if unknown or "x" not in views:
         raise UsageError(f"views {sorted(views)}: expected 'x' and any of 'w', 's1', 's2'")
     if config.batch_size % world:
@@ -117,6 +117,9 @@ def build_loader(
     choice = choose_loader(config, device)
     plan = Plan(config, spec, split, views, seed, rank, world)
     steps = range(start_step, total_steps)
+    if choice.loader == "dali" and PARTNER in views:
+        raise UsageError("data.loader: dali cannot make a second augmentation of an image "
+                         "(method.cutmix_partner 'same-image'); use torch")
     if choice.loader == "dali":
         return _dali_loader(plan, steps, config.workers, choice, torch.device(device))
     return _torch_loader(plan, steps, config.workers, choice, torch.device(device))

@@ -24,6 +24,8 @@ from co2s_fast.errors import DataError
 
 VIEWS = ("x", "w", "s1", "s2")
 STRONG = ("s1", "s2")
+PARTNER = "partner"
+"""Asks for a second, independent augmentation of the unlabelled images, as B more of them."""
 
 
 def recipe(config: DataConfig, spec: DatasetSpec) -> D.Recipe:
@@ -104,9 +106,14 @@ class Plan:
         return [(p, next(self.candidates(LABELED, step, p))) for p in self.positions]
 
     def unlabeled(self, step: int) -> list[tuple[int, Item]]:
-        """This rank's unlabelled images of a step; none where no view of them is asked for."""
-        return [(p, next(self.candidates(UNLABELED, step, p)))
-                for p in self.positions if self.has_unlabeled]
+        """This rank's unlabelled images of a step; none where no view of them is asked for.
+
+        The second augmentations of `PARTNER` follow, at positions from the batch size on.
+        """
+        places = [*self.positions] if self.has_unlabeled else []
+        if PARTNER in self.views:
+            places += [p + self.batch_size for p in self.positions]
+        return [(p, next(self.candidates(UNLABELED, step, p))) for p in places]
 
     def count(self, stream: int) -> int:
         """Images there are of a stream, LABELED or UNLABELED."""
@@ -124,7 +131,7 @@ class Plan:
         elif self.sampler is not None:
             yield from (items[i] for i in self.sampler.images(step, position))
         for later in itertools.count(step):
-            yield items[order[later * self.batch_size + position]]
+            yield items[order[later * self.batch_size + position % self.batch_size]]
 
     def draw(self, step: int, position: int, stream: int, height: int, width: int,
              label: NDArray[np.uint8] | None = None) -> D.Draws:

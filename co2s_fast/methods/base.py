@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from co2s_fast.losses import masked_cross_entropy_terms
-from co2s_fast.methods.reduce import LossTerms, rank_and_world
+from co2s_fast.errors import UsageError
+from co2s_fast.losses import CutMix, masked_cross_entropy_terms
+from co2s_fast.methods.reduce import LossTerms, by_shard, rank_and_world
 
 if TYPE_CHECKING:
     from co2s_fast.data import Batch
@@ -20,12 +21,20 @@ if TYPE_CHECKING:
 
 
 class MethodConfig(BaseModel):
-    """Options every method has. A method's own class narrows `name` to its name."""
+    """Options every method has. A method's own class narrows `name` to its name.
+
+    Attributes:
+        supervised_weight: factor of L_sup.
+        mean_shards: 1: each loss is one mean over the pixels of the whole batch. More: the mean of
+            the means of so many equal shards of it, as a release does whose GPUs each divide by
+            their own counts.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
     supervised_weight: float = Field(default=0.5, ge=0)
+    mean_shards: int = Field(default=1, ge=1)
 
 
 class Method(nn.Module, ABC):
@@ -99,16 +108,52 @@ class Method(nn.Module, ABC):
         Raises:
             UsageError: the method cannot run with this batch.
         """
+        shards = self.config.mean_shards
+        if shards > 1 and (batch_size % shards or shards % world):
+            raise UsageError(
+                f"method.mean_shards: {batch_size} images (data.batch_size) on {world} processes "
+                f"cannot be divided into {shards} shards"
+            )
         return []
+
+    def loss_terms(self) -> LossTerms:
+        """An empty collection of terms with this method's denominators."""
+        return LossTerms(self.config.mean_shards)
+
+    def cross_entropy(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        confidence: Tensor | None = None,
+        ignore_mask: Tensor | None = None,
+        *,
+        cutmix: CutMix | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Sum and count of `masked_cross_entropy_terms`, for `LossTerms.add`."""
+        if self.config.mean_shards == 1:
+            return masked_cross_entropy_terms(
+                logits, target, confidence, ignore_mask=ignore_mask, cutmix=cutmix, **options
+            )[:2]
+        maps = [target, confidence, ignore_mask]
+        if cutmix is not None:  # partners may be in another shard
+            maps = [None if each is None else cutmix.mix_maps(each) for each in maps]
+
+        def sums(z: Tensor, y: Tensor, c: Tensor | None, m: Tensor | None) -> tuple[Tensor, ...]:
+            return masked_cross_entropy_terms(z, y, c, ignore_mask=m, **options)[:2]
+
+        return by_shard(sums, self.local_shards(), logits, *maps)
+
+    def local_shards(self) -> int:
+        """How many of the shards are this process's."""
+        return max(self.config.mean_shards // rank_and_world()[1], 1)
 
     def add_supervised(self, terms: LossTerms, name: str, logits: Tensor, target: Tensor) -> None:
         """L_sup, the mean cross entropy over the labelled pixels, into `terms`.
 
         Class weights multiply the sum; the divisor stays the count of labelled pixels.
         """
-        total, valid, _ = masked_cross_entropy_terms(
-            logits, target, class_weight=self.class_weight
-        )
+        total, valid = self.cross_entropy(logits, target, class_weight=self.class_weight)
         terms.add(f"{name}/x", self.config.supervised_weight, total, valid)
 
 

@@ -13,7 +13,7 @@ from co2s_fast.errors import UsageError
 from co2s_fast.losses import stability_terms
 from co2s_fast.methods.base import MethodConfig
 from co2s_fast.methods.ramp import cosine_ramp
-from co2s_fast.methods.reduce import LossTerms
+from co2s_fast.methods.reduce import LossTerms, by_shard
 from co2s_fast.methods.unimatch import UniMatch, UniMatchConfig
 
 if TYPE_CHECKING:
@@ -70,12 +70,15 @@ class Co2S(UniMatch):
         size = batch.w.shape[-2:]
         if weak[0].shape != weak[1].shape:  # decoders of two grids, as the released ones have
             weak = [F.interpolate(view, size, mode="bilinear") for view in weak]
-        sums_and_counts = stability_terms(
-            *weak,
-            threshold=config.threshold,
-            size=size,
-            ignore_mask=batch.ignore if config.stability_padding == "mask" else None,
-        )
+        ignore = batch.ignore if config.stability_padding == "mask" else None
+
+        def sums(a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+            return stability_terms(a, b, threshold=config.threshold, size=size, ignore_mask=mask)
+
+        if config.mean_shards == 1:
+            sums_and_counts = sums(*weak, ignore)
+        else:
+            sums_and_counts = by_shard(sums, self.local_shards(), *weak, ignore)
         weight = cosine_ramp(step, total_steps, config.stability_weight, config.stability_ramp)
         num_classes = weak[0].shape[1]
         for name, total, count in zip(

@@ -7,14 +7,16 @@ the perturbed one; losses are taken on the decoder's own grid.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from co2s_fast.data.plan import PARTNER
 from co2s_fast.errors import UsageError
-from co2s_fast.losses import CutMix, masked_cross_entropy_terms, softmax_confidence
+from co2s_fast.losses import CutMix, softmax_confidence
 from co2s_fast.methods.alignment import DistributionAlignment
 from co2s_fast.methods.base import Method, MethodConfig, channel_keep_masks, step_generator
 from co2s_fast.methods.reduce import LossTerms, rank_and_world
@@ -35,6 +37,9 @@ class ConsistencyConfig(MethodConfig):
         s1_weight: factor of the first strong view's term in the loss; further views likewise.
         cutmix_shards: CutMix partners stay inside each of this many equal shards of the batch. With
             more processes than shards, they stay inside each process's share.
+        cutmix_partner: "batch", another image of the batch; "same-image", as the releases of
+            UniMatch and Co2S have it: another augmentation of the image itself, whose pseudo-labels
+            take one more pass of each student.
         distribution_alignment: strength of `DistributionAlignment` on the pseudo-labels; 0, as the
             paper has it, leaves them alone.
     """
@@ -42,7 +47,16 @@ class ConsistencyConfig(MethodConfig):
     threshold: float = Field(default=0.95, ge=0, le=1)
     s1_weight: float = Field(default=0.5, ge=0)
     cutmix_shards: int = Field(default=1, ge=1)
+    cutmix_partner: Literal["batch", "same-image"] = "batch"
     distribution_alignment: float = Field(default=0.0, ge=0, le=2)
+
+    @model_validator(mode="after")
+    def _aligns_one_batch(self) -> ConsistencyConfig:
+        if self.cutmix_partner == "same-image" and self.distribution_alignment:
+            raise ValueError(
+                "distribution_alignment needs cutmix_partner 'batch', found 'same-image'"
+            )
+        return self
 
 
 class ConsistencyMethod(Method):
@@ -61,29 +75,32 @@ class ConsistencyMethod(Method):
         if strength > 0:
             for name, student in students.items():
                 self.alignment[name] = DistributionAlignment(student.num_classes, strength)
+        if config.cutmix_partner == "same-image":
+            self.views = self.views | {PARTNER}
 
     def forward(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
         """Losses of one step; see `Method.forward`. Mixes `batch.s1` and `batch.s2` in place."""
         cutmix = self.mix_strong_views(batch)
+        batch, mates = self.without_mates(batch)
         logits = {
             name: self.student_logits(index, student, batch, step)
             for index, (name, student) in enumerate(self.students.items())
         }
-        terms, counts = LossTerms(), {}
+        terms, counts = self.loss_terms(), {}
         for name, views in logits.items():
             self.add_supervised(terms, name, views["x"], batch.y)
             weak = views["w"]
             if name in self.alignment:
                 weak = self.alignment[name](weak, batch.y, batch.ignore)
             confidence, label = softmax_confidence(weak, size=batch.w.shape[-2:])
+            maps = [label, confidence, batch.ignore]
+            of_mates = None if mates is None else self.pseudo_labels(name, mates)
             for view in self.strong:
-                total, valid, _ = masked_cross_entropy_terms(
-                    views[view],
-                    label,
-                    confidence,
-                    threshold=self.config.threshold,
-                    ignore_mask=batch.ignore,
-                    cutmix=cutmix.get(view),
+                mixed, boxes = maps, cutmix.get(view)
+                if of_mates is not None and boxes is not None:
+                    mixed, boxes = mix_with_mates(maps, of_mates, boxes), None
+                total, valid = self.cross_entropy(
+                    views[view], *mixed, threshold=self.config.threshold, cutmix=boxes
                 )
                 terms.add(f"{name}/{view}", getattr(self.config, f"{view}_weight"), total, valid)
             counts.update(self.count_pseudo_labels(name, confidence, label, batch))
@@ -112,8 +129,33 @@ class ConsistencyMethod(Method):
             cutmix[view].mix_(images)
         return cutmix
 
+    def without_mates(self, batch: Batch) -> tuple[Batch, Batch | None]:
+        """The batch proper, and the second augmentation of its unlabelled images if it has one."""
+        if PARTNER not in self.views:
+            return batch, None
+        size = len(batch.x)
+        names = ("w", "s1", "s2", "ignore", "boxes1", "boxes2", "truth", "unlabeled_files")
+        halves = [
+            {name: value[part] for name in names if (value := getattr(batch, name)) is not None}
+            for part in (slice(None, size), slice(size, None))
+        ]
+        return replace(batch, **halves[0]), replace(batch, **halves[1])
+
+    @torch.no_grad()
+    def pseudo_labels(self, name: str, batch: Batch) -> list[Tensor | None]:
+        """Labels, confidences and padding of a batch's weak views, of which nothing is learnt."""
+        student = self.students[name]
+        logits = student.decode(student.features(batch.w))
+        confidence, label = softmax_confidence(logits, size=batch.w.shape[-2:])
+        return [label, confidence, batch.ignore]
+
     def partners(self, local: int, device: torch.device) -> Tensor:
-        """The image each image's box is taken from: the next one in its shard, cyclically."""
+        """The image each image's box is taken from: the next one in its shard, cyclically.
+
+        With "same-image" it is the one half a batch further on, which is of the same image.
+        """
+        if PARTNER in self.views:
+            return torch.arange(local, device=device).roll(-(local // 2))
         _, world = rank_and_world()
         shards = max(self.config.cutmix_shards // world, 1)
         return torch.arange(local, device=device).view(shards, -1).roll(-1, 1).flatten()
@@ -175,6 +217,9 @@ class ConsistencyMethod(Method):
 
     def check_batch(self, batch_size: int, world: int) -> list[str]:
         """See `Method.check_batch`."""
+        warnings = super().check_batch(batch_size, world)
+        if PARTNER in self.views:
+            return warnings
         shards = max(self.config.cutmix_shards, world)
         if shards % world:
             raise UsageError(
@@ -186,8 +231,24 @@ class ConsistencyMethod(Method):
                 "(method.cutmix_shards, or the number of processes)"
             )
         if batch_size == shards:
-            return [
+            warnings.append(
                 "CutMix does nothing: a shard of the batch holds one image, which has no partner; "
                 f"raise data.batch_size ({batch_size}) or lower method.cutmix_shards"
-            ]
-        return []
+            )
+        return warnings
+
+
+def mix_with_mates(
+    maps: list[Tensor | None], of_mates: list[Tensor | None], cutmix: CutMix
+) -> list[Tensor | None]:
+    """Maps [B, H, W] with the boxes of their mates' maps pasted in; None stays None.
+
+    Args:
+        maps: of the batch proper.
+        of_mates: the same of its second augmentation.
+        cutmix: of both together, 2 B boxes.
+    """
+    return [
+        None if mine is None else cutmix.mix_maps(torch.cat([mine, theirs]))[: len(mine)]
+        for mine, theirs in zip(maps, of_mates, strict=True)
+    ]

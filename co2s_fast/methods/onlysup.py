@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor
 
 from co2s_fast.methods.base import Method, MethodConfig
-from co2s_fast.methods.reduce import LossTerms
 
 if TYPE_CHECKING:
     from co2s_fast.data import Batch
@@ -29,7 +28,7 @@ class OnlySup(Method):
 
     def forward(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
         """Losses of one step; see `Method.forward`."""
-        terms = LossTerms()
+        terms = self.loss_terms()
         for name, student in self.students.items():
             logits = student.decode(student.features(batch.x))
             self.add_supervised(terms, name, logits, batch.y)

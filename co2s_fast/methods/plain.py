@@ -35,8 +35,10 @@ def plain_co2s_losses(
         total_steps: steps in the whole run.
     """
     config = method.config
-    if config.distribution_alignment:
-        raise ValueError("the plain step has no distribution alignment: set it to 0")
+    for option, plain in (("distribution_alignment", 0), ("mean_shards", 1),
+                          ("cutmix_partner", "batch")):  # fmt: skip
+        if getattr(config, option) != plain:
+            raise ValueError(f"the plain step needs {option}={plain!r}")
     size = batch.w.shape[-2:]
     valid = torch.ones_like(batch.w[:, 0], dtype=torch.bool)
     if batch.ignore is not None:

@@ -1,6 +1,8 @@
-"""Shared sums: this process's place among its peers, and losses over global denominators."""
+"""Shared sums: this process's place among its peers, and losses over their denominators."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,15 +16,35 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-class LossTerms:
-    """Collects `weight · sum / count` terms and divides all of them by global counts at once.
+def by_shard(
+    op: Callable[..., tuple[Tensor, ...]], shards: int, *tensors: Tensor | None
+) -> tuple[Tensor, ...]:
+    """`op` on each of `shards` equal parts of the tensors, its scalar results stacked.
 
-    A mean over a global batch is not the mean of the ranks' means when their valid pixels differ.
-    So every rank divides its own sum by the count over all ranks (one all-reduce for all terms);
-    the values it reports are its share, and add up to the global mean.
+    Args:
+        op: takes as many tensors as are given here.
+        shards: parts; the first dimension of every tensor is divided by it.
+        *tensors: [B, ...]; None is passed on as it is.
+    """
+    parts = [[None] * shards if each is None else each.chunk(shards) for each in tensors]
+    results = [op(*part) for part in zip(*parts, strict=True)]
+    return tuple(torch.stack(result) for result in zip(*results, strict=True))
+
+
+class LossTerms:
+    """Collects `weight · sum / count` terms and divides all of them by their counts at once.
+
+    A mean over a global batch is not the mean of its shards' means when their valid pixels differ.
+    Without shards, every rank divides its own sum by the count over all ranks (one all-reduce for
+    all terms); with shards, each shard's sum is divided by its own count, and the mean of those
+    means is taken. The values a rank reports are its share, and add up to the whole.
+
+    Args:
+        shards: parts of the global batch that have a mean of their own; 1: none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shards: int = 1) -> None:
+        self._shards = shards
         self._keys: list[str] = []
         self._weights: list[float] = []
         self._sums: list[Tensor] = []
@@ -34,8 +56,9 @@ class LossTerms:
         Args:
             key: "<student>/<term>".
             weight: its factor in the loss.
-            total: scalar sum over this rank's pixels, differentiable.
-            count: scalar int64 number of pixels this rank contributes to the mean.
+            total: scalar sum over this rank's pixels, differentiable; with shards, a vector of the
+                sums of this rank's shards.
+            count: int64 number of pixels in the mean, of the same shape.
         """
         self._keys.append(key)
         self._weights.append(weight)
@@ -50,9 +73,11 @@ class LossTerms:
         """
         counts = torch.stack(self._counts).to(torch.int64)
         _, world = rank_and_world()
-        if world > 1:
+        if world > 1 and self._shards == 1:
             dist.all_reduce(counts)
         values = torch.stack(self._sums) / counts.clamp(min=1)
+        if self._shards > 1:
+            values = values.sum(1) / self._shards
         totals: dict[str, Tensor] = {}
         for index, key in enumerate(self._keys):
             name = f"{key.rsplit('/', 1)[0]}/total"

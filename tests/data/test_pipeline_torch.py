@@ -80,6 +80,21 @@ def test_workers_change_nothing(load):
         assert_same(one, other)
 
 
+def test_a_second_augmentation_of_the_same_images(load):
+    """What the releases paste by CutMix: the first half of the batch is as without it."""
+    views = {*ALL, "partner"}
+    ranks = zip(load(views=views, rank=0, world=2), load(views=views, rank=1, world=2), strict=True)
+    for plain, double, (first, second) in zip(load(), load(views=views), ranks, strict=True):
+        assert double.unlabeled_files == plain.unlabeled_files * 2
+        assert torch.equal(double.x, plain.x) and torch.equal(double.y, plain.y)
+        for name in ("w", "s1", "s2", "ignore", "boxes1", "boxes2", "truth"):
+            both, one = getattr(double, name), getattr(plain, name)
+            assert torch.equal(both[:4], one) and len(both) == 8, name
+            parts = [getattr(p, name).chunk(2)[half] for half in (0, 1) for p in (first, second)]
+            assert torch.equal(both, torch.cat(parts)), name
+        assert not any(torch.equal(double.w[i], double.w[i + 4]) for i in range(4))
+
+
 def test_two_ranks_together_are_one_process(load):
     for whole, *parts in zip(load(), load(rank=0, world=2), load(rank=1, world=2), strict=True):
         for part in fields(Batch):

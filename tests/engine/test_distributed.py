@@ -67,6 +67,24 @@ def test_two_processes_have_the_gradients_of_one(run_content, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_make_the_released_step_of_one(run_content, tmp_path) -> None:
+    """Partners of the same image, a mean for each half of the batch: each process has one half."""
+    content = run_content()
+    content["method"] |= {"threshold": 0.36, "cutmix_partner": "same-image", "mean_shards": 2}
+    config = write_config(tmp_path / "config.yaml", content)
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.safetensors"
+        launch(processes, "gradients", config, str(out))
+        found[processes] = read(out)
+    (one, losses), (two, losses_two) = found[1], found[2]
+    assert losses_two == pytest.approx(losses, rel=1e-9, abs=1e-12)
+    assert losses["clip/s1"] > 0 and losses["ssm/s2"] > 0
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=1e-6, atol=1e-12, msg=name)
+
+
+@pytest.mark.slow
 def test_two_processes_train_and_write_one_run(run_content, tmp_path) -> None:
     config = write_config(tmp_path / "config.yaml", run_content(steps=4, eval_every=2))
     launch(2, "train", config)
