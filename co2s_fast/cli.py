@@ -33,6 +33,9 @@ checkpoint_option = click.option("--checkpoint", type=click.Choice(["best", "las
                                  default="best", show_default=True)  # fmt: skip
 
 
+PROFILES = ["official", "official-infer", "official-train"]
+
+
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Turn our two kinds of error into one line on stderr and their exit code."""
 
@@ -77,6 +80,8 @@ def main() -> None:
               "median-frequency (or balanced), effective-number, or a YAML or JSON file.")
 @click.option("--sampling", type=click.Choice(["uniform", "class-aware"]),
               help="How labelled crops are chosen; class-aware: rare classes more often.")
+@click.option("--compat", type=click.Choice(PROFILES), help="Train as the authors' release does; "
+              "prints what that changes.")
 @click.option("--trainable", type=click.Choice(["attention", "full", "frozen", "lora"]),
               help="What learns of every backbone; the paper's recipes: attention.")
 @click.option("--clip", multiple=True, metavar="NAME|FILE",
@@ -143,10 +148,12 @@ def pretrain(**options: Any) -> None:
 @click.option("--data-root", type=PATH, help="Prepared dataset folder (images/, labels/, splits/).")
 @click.option("--ratio", help="Share of labelled images of the run, where it is trained on.")
 @click.option("--split", type=PATH, help="Folder with labeled.txt, unlabeled.txt and val.txt.")
+@click.option("--compat", type=click.Choice(PROFILES), default="official-infer", show_default=True,
+              help="official-train and official: also train on as the release does.")
 @click.option("-o", "--out", type=PATH, required=True, help="Run folder to make.")
 @one_line_errors
 def import_checkpoint(
-    checkpoints: tuple[Path, ...], dataset: str, out: Path, **options: Any
+    checkpoints: tuple[Path, ...], dataset: str, out: Path, compat: str, **options: Any
 ) -> None:
     r"""Turn the released Co2S checkpoints into a run that eval, predict and train take.
 
@@ -157,7 +164,7 @@ def import_checkpoint(
     from co2s_fast.engine.imported import import_checkpoints
     from co2s_fast.engine.launch import nested_options
 
-    click.echo(import_checkpoints(checkpoints, dataset, out, nested_options(options)))
+    click.echo(import_checkpoints(checkpoints, dataset, out, nested_options(options), compat))
 
 
 @main.command("eval")
@@ -168,6 +175,8 @@ def import_checkpoint(
 @click.option("--mode", type=click.Choice(["auto", "whole", "sliding"]),
               help="Whole images or sliding windows. Default: the run's own setting.")
 @click.option("--data-root", type=PATH, help="Where the dataset stands now, if it has moved.")
+@click.option("--compat", type=click.Choice(["official-infer"]),
+              help="Score as the authors' release does, whatever the run was trained with.")
 @offline_option
 @one_line_errors
 def evaluate(run: Path, **options: Any) -> None:

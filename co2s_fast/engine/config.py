@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from co2s_fast.data import DataConfig, dataset_names
 from co2s_fast.data.imbalance import read_class_weight
+from co2s_fast.engine.compat import compat_settings, nested
 from co2s_fast.engine.evaluation import EvalConfig
 from co2s_fast.errors import UsageError
 from co2s_fast.methods import METHODS, get_method
@@ -118,7 +119,11 @@ class PretrainConfig(_Strict):
 
 
 class RunConfig(_Strict):
-    """Everything that decides a run. `config.yaml` in the run folder is one of these."""
+    """Everything that decides a run. `config.yaml` in the run folder is one of these.
+
+    `compat` names the profile of `engine.compat` that the other values were made with. In a file it
+    fills in only what the file itself leaves open.
+    """
 
     data: DataConfig
     students: dict[str, StudentConfig] = Field(min_length=1)
@@ -128,6 +133,7 @@ class RunConfig(_Strict):
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
     seed: int = Field(default=0, ge=0)
     out: Path | None = None
+    compat: Literal["official", "official-infer", "official-train"] | None = None
 
     @field_validator("students", mode="before")
     @classmethod
@@ -161,6 +167,7 @@ def load_config(
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    compat: str | None = None,
 ) -> RunConfig:
     """Put a configuration together and check all of it.
 
@@ -170,6 +177,7 @@ def load_config(
         overrides: "section.key=value", the value in YAML.
         options: nested values that win over everything, e.g. `{"data": {"ratio": "1/32"}}`; its
             key "chosen" holds students for `put_students`.
+        compat: profile of `engine.compat`, above the recipe and below `overrides` and `options`.
 
     Raises:
         UsageError: anything is unknown or wrong; all of it is listed.
@@ -189,7 +197,19 @@ def load_config(
     if {"epochs", "steps"} & changes.get("train", {}).keys():
         for key in ("epochs", "steps"):
             content.get("train", {}).pop(key, None)
-    return parse_config(merge(content, changes), f"recipe {recipe}")
+    config = parse_config(merge(content, changes), f"recipe {recipe}")
+    asked = compat or config.compat
+    if asked is None:
+        return config
+    settings = nested(compat_settings(config, asked))
+    content = merge(settings, content) if compat is None else merge(content, settings)
+    return parse_config(merge(content, changes) | {"compat": asked}, f"recipe {recipe}")
+
+
+def with_compat(config: RunConfig, compat: str) -> RunConfig:
+    """A configuration with everything set that a profile of `engine.compat` sets."""
+    settings = nested(compat_settings(config, compat)) | {"compat": compat}
+    return parse_config(merge(config.model_dump(mode="json"), settings), f"compat {compat}")
 
 
 def parse_config(content: Mapping[str, Any], origin: str) -> RunConfig:
@@ -326,7 +346,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 # What may differ between a run and its continuation: none of it changes what is computed.
-RESUMABLE = {"out", "data.root", "data.workers", "data.max_damaged", "train.device",
+RESUMABLE = {"out", "compat", "data.root", "data.workers", "data.max_damaged", "train.device",
              "train.tensorboard", "train.log_every", "train.save_every",
              "train.debug_steps"}  # fmt: skip
 

@@ -10,6 +10,7 @@ from co2s_fast.data.catalogue import load_dataset
 from co2s_fast.data.files import write_text
 from co2s_fast.engine import checkpoint
 from co2s_fast.engine.bands import channels_of
+from co2s_fast.engine.compat import describe_compat
 from co2s_fast.engine.config import (
     CONFIG_FILE,
     RunConfig,
@@ -18,6 +19,7 @@ from co2s_fast.engine.config import (
     load_config,
     merge,
     parse_config,
+    with_compat,
 )
 from co2s_fast.engine.optimizer import build_optimizer
 from co2s_fast.engine.runs import (
@@ -37,7 +39,11 @@ TAG = "imported"
 
 
 def import_checkpoints(
-    paths: Sequence[Path], dataset: str, out: Path, options: dict[str, Any] | None = None
+    paths: Sequence[Path],
+    dataset: str,
+    out: Path,
+    options: dict[str, Any] | None = None,
+    compat: str = "official-infer",
 ) -> str:
     """Turn `best_clip.pth`, `best_dinov3.pth` or both into a run that eval, predict and train take.
 
@@ -51,6 +57,7 @@ def import_checkpoints(
         dataset: name in the catalogue, or a YAML description, of the same classes.
         out: run folder, not there yet.
         options: nested configuration values, e.g. `{"data": {"split": ...}}`.
+        compat: profile of `engine.compat` for the run's configuration.
 
     Returns:
         What was imported, and the commands that go on from it.
@@ -76,7 +83,7 @@ def import_checkpoints(
             raise UsageError(f"{paths[0]} and {path} are both checkpoints of the {name} student")
         students[name] = student
     students = {name: students[name] for name in NAMES.values() if name in students}
-    config = _configuration(dataset, spec.info.labeled, list(students), options or {})
+    config = _configuration(dataset, spec.info.labeled, list(students), options or {}, compat)
     state = run_state(config, spec, students) | {"step": 0, "epoch": 0.0, "score": None}
     arrays = student_arrays(students)
     tensors, structure = checkpoint.pack_optimizer(build_optimizer(students, config.train))
@@ -96,11 +103,11 @@ def import_checkpoints(
                  "best": {"score": None, "step": None}, "window": {"steps": 0, "sums": {}}},
     )  # fmt: skip
     write_text(out / CONFIG_FILE, dump_config(config))  # last: a folder with it is a run
-    return describe(students, out)
+    return "\n".join([*describe_compat(config, compat), describe(students, out)])
 
 
 def _configuration(
-    dataset: str, labeled: dict[str, int], names: list[str], options: dict[str, Any]
+    dataset: str, labeled: dict[str, int], names: list[str], options: dict[str, Any], compat: str
 ) -> RunConfig:
     """The dataset's recipe with the released students in place of its own."""
     data = dict(options.get("data", {})) | {"dataset": dataset}
@@ -115,7 +122,7 @@ def _configuration(
     }
     if len(names) == 1:
         content["method"] = {"name": "onlysup"}
-    return parse_config(content, "imported checkpoint")
+    return with_compat(parse_config(content, "imported checkpoint"), compat)
 
 
 def describe(students: dict[str, Student], out: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from co2s_fast.data import open_split, val_dataset
 from co2s_fast.engine.checkpoint import STATE_FILE
+from co2s_fast.engine.compat import describe_compat
 from co2s_fast.engine.config import CONFIG_FILE, load_config
 from co2s_fast.engine.evaluation import BOTH, evaluate, wanted_predictions, write_evaluation
 from co2s_fast.engine.log import say
@@ -32,6 +33,7 @@ def train_from_options(
     overrides: Sequence[str],
     pretrained: Path | None = None,
     trainable: str | None = None,
+    compat: str | None = None,
     **options: Any,
 ) -> Path | None:
     """`co2s-fast train`: put the configuration together and train it.
@@ -45,19 +47,21 @@ def train_from_options(
     """
     from co2s_fast.engine.trainer import train
 
-    config = load_config(recipe, overrides, nested_options(options))
+    config = load_config(recipe, overrides, nested_options(options), compat)
     changes = [f"students.{name}.weights={pretrained / name}.safetensors"
                for name in config.students if pretrained is not None]  # fmt: skip
     changes += [f"students.{name}.trainable={trainable}"
                 for name in config.students if trainable is not None]  # fmt: skip
     if changes:
-        config = load_config(recipe, [*overrides, *changes], nested_options(options))
+        config = load_config(recipe, [*overrides, *changes], nested_options(options), compat)
+    first = int(os.environ.get("RANK", "0")) == 0  # set by torchrun
+    if config.compat is not None and first:
+        say("\n".join(describe_compat(config, config.compat)))
     if resume and not (config.folder / CONFIG_FILE).is_file():
         raise UsageError(f"--resume: {config.folder} holds no run (no {CONFIG_FILE})")
     if resume_if_exists:
         resume = (config.folder / CONFIG_FILE).is_file()
     folder = train(config, resume=resume, dry_run=dry_run)
-    first = int(os.environ.get("RANK", "0")) == 0  # set by torchrun
     return folder if first and not dry_run else None
 
 
@@ -109,8 +113,11 @@ def evaluate_run(
     checkpoint: str = "best",
     mode: str | None = None,
     data_root: Path | None = None,
+    compat: str | None = None,
 ) -> str:
     """`co2s-fast eval`: score a run on its validation images.
+
+    With a `compat` profile, its settings take the place of the run's, students' included.
 
     Scoring everything ("all") also writes RUN/eval.json and the pictures of the report.
 
@@ -118,7 +125,7 @@ def evaluate_run(
         A table of per-class and mean scores.
     """
     device = default_device()
-    config, spec, students = load_run(run, checkpoint, device=device)
+    config, spec, students = load_run(run, checkpoint, device=device, compat=compat)
     wanted_predictions(students, student)  # a wrong name is told before any data is read
     data = config.data if data_root is None else config.data.model_copy(update={"root": data_root})
     changes = {"student": student, "mode": mode or config.eval.mode}
@@ -131,10 +138,11 @@ def evaluate_run(
     if student == "all":
         write_evaluation(
             run / EVALUATION_FILE, results, spec, settings, checkpoint=checkpoint,
-            step=about["step"], epoch=about["epoch"], images=len(split.val),
+            step=about["step"], epoch=about["epoch"], images=len(split.val), compat=config.compat,
         )  # fmt: skip
     head = f"{run}, {checkpoint} checkpoint (step {about['step']}), {len(split.val)} images"
-    return f"{head}\n{format_table(results)}"
+    lines = [head, *(describe_compat(config, compat) if compat else [])]
+    return "\n".join([*lines, format_table(results)])
 
 
 def predict_run(

@@ -67,6 +67,6 @@ def state_to_resume(config: RunConfig, spec: DatasetSpec, *, resume: bool,
     state = checkpoint.read_state(last)
     check_classes(state, spec, last)
     changed = differences(read_run_config(config.folder), config)
-    if changed:
+    if changed and state["step"] > 0:  # of an imported checkpoint, nothing has been computed yet
         raise UsageError(f"--resume: cannot continue {config.folder}: {'; '.join(changed)}")
     return state

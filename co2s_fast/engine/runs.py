@@ -11,7 +11,7 @@ from torch import nn
 
 from co2s_fast.data.catalogue import DatasetSpec, load_dataset, parse_dataset
 from co2s_fast.engine.checkpoint import load_weights, read_arrays, read_state
-from co2s_fast.engine.config import RunConfig, read_run_config, read_yaml
+from co2s_fast.engine.config import RunConfig, read_run_config, read_yaml, with_compat
 from co2s_fast.errors import DataError
 from co2s_fast.models import Student, StudentConfig, build_student
 from co2s_fast.models.inflate import check_channels
@@ -56,6 +56,7 @@ def load_run(
     which: Literal["best", "last"] = "best",
     *,
     device: torch.device | str = "cpu",
+    compat: str | None = None,
 ) -> tuple[RunConfig, DatasetSpec, dict[str, Student]]:
     """Open a run to evaluate it, predict with it or report on it.
 
@@ -66,6 +67,7 @@ def load_run(
         folder: the run folder.
         which: checkpoint to take.
         device: where to put the students.
+        compat: profile of `engine.compat` to set on top of the run's configuration.
 
     Returns:
         Configuration, dataset description, students by name in evaluation mode.
@@ -75,6 +77,8 @@ def load_run(
     """
     folder = Path(folder)
     config = read_run_config(folder)
+    if compat is not None:
+        config = with_compat(config, compat)
     spec = read_spec(folder, config)
     source = checkpoint_folder(folder, which)
     state = read_state(source)

@@ -200,6 +200,8 @@ class Trainer:
             weights = checkpoint.read_arrays(folder, state, name)
             checkpoint.load_weights(student, weights, f"checkpoint {folder}")
             student.provenance = state["provenance"][name]
+        if state["step"] == 0:  # imported: everything else starts here, by this configuration
+            return
         if own := self.method.own_state():
             saved = checkpoint.read_arrays(folder, state, "method")
             for name, tensor in own.items():
@@ -210,10 +212,9 @@ class Trainer:
         self.step, self.best = state["step"], state["best"]
         self.damage.restore(state.get("damaged", {}))
         # As counted when the run began: a label that has broken since must change nothing.
-        if "split" in state["files"]:  # an imported checkpoint was never trained here
-            self.split.pixels = checkpoint.read_arrays(folder, state, "split")["pixels"].numpy()
-            self._count_classes()
-            self.collapse.restore(state["collapse"])
+        self.split.pixels = checkpoint.read_arrays(folder, state, "split")["pixels"].numpy()
+        self._count_classes()
+        self.collapse.restore(state["collapse"])
         # The saved sums are over all ranks: one of them takes them up again.
         sums = state["window"]["sums"] if self.ranks.is_main else {}
         self.meter.restore(state["window"]["steps"], sums)

@@ -112,7 +112,7 @@ class Method(nn.Module, ABC):
         if shards > 1 and (batch_size % shards or shards % world):
             raise UsageError(
                 f"method.mean_shards: {batch_size} images (data.batch_size) on {world} processes "
-                f"cannot be divided into {shards} shards"
+                f"cannot be divided into {shards} shards; change one of them"
             )
         return []
 

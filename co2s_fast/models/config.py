@@ -139,6 +139,8 @@ class StudentConfig(_Strict):
         weights: None for random ones; a name of `co2s-fast weights list` that goes with `model`;
             an open_clip or timm pretrained tag ("pretrained" is timm's default tag); or a
             `.safetensors`, `.pt`, `.pth` or `.bin` file of a layout known to `weights import`.
+        reinitialize: leave `weights` unread and draw a DINOv3 backbone as the authors' release does
+            after loading it, by accident; see `reinit`.
         overrides: keyword arguments for the model: timm's constructor, or entries of the open_clip
             model description (nested dictionaries are merged).
         levels: the feature maps, shallow to deep. CLIP: block numbers, and the number of blocks
@@ -170,6 +172,7 @@ class StudentConfig(_Strict):
     backbone: Literal["clip", "timm"]
     model: str
     weights: str | None = None
+    reinitialize: bool = False
     overrides: dict[str, Any] = Field(default_factory=dict)
     levels: tuple[int, ...]
     stem: Literal["patch", "conv"] = "patch"
@@ -222,6 +225,8 @@ class StudentConfig(_Strict):
         self._check_channels()
         if self.backbone == "timm" and self.activation is not None:
             raise ValueError("activation is for backbone 'clip'; a timm model's own is kept")
+        if self.reinitialize and (self.backbone == "clip" or self.stem == "conv"):
+            raise ValueError("reinitialize is for backbone 'timm' with stem 'patch'")
         if self.backbone == "clip" and self.rope != "fp32":
             raise ValueError("rope is for backbone 'timm'; the CLIP tower has no rotary embedding")
         return self

@@ -21,6 +21,7 @@ from co2s_fast.models.inflate import (
 )
 from co2s_fast.models.lora import MARK, add_adapters, merge_adapters
 from co2s_fast.models.queries import Named, text_queries
+from co2s_fast.models.reinit import reinitialize
 
 
 class Student(nn.Module):
@@ -254,13 +255,16 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         tower = None
-        own = config.weights is not None and is_own_backbone(config.weights)
+        fresh = config.weights is None or config.reinitialize
+        own = not fresh and is_own_backbone(config.weights)
         conv = config.stem == "conv"
-        bare = config.model_copy(update={"weights": None}) if own or conv else config
+        bare = config.model_copy(update={"weights": None}) if own or conv or fresh else config
         if config.backbone == "clip":
             backbone, tower = build_clip_backbone(bare)
         else:
             backbone = build_timm_backbone(bare)
+            if config.reinitialize:
+                reinitialize(backbone.model)
         if conv and config.weights is not None and not own:
             read_state_dict(config.weights)  # says where the file is missing or damaged
             raise DataError(f"weights {config.weights}: expected a file of `co2s-fast pretrain`, "
@@ -280,14 +284,14 @@ def build_student(
             add_adapters(backbone, config.lora)
             built = checksum(backbone)
     provenance = {
-        "source": config.weights or "random",
+        "source": "random" if fresh else config.weights,
         "model": config.model,
         "channels": config.channels,
         "sha256": loaded,
         **counts,
         "queries": config.queries if config.queries == "learnable" else _describe(config),
     }
-    if config.weights is None and config.trainable != "full":
+    if fresh and config.trainable != "full":
         warnings.warn(
             f"backbone {config.model!r} starts from random weights, yet trainable="
             f"{config.trainable!r}: most of it will stay random",

@@ -11,8 +11,11 @@ from PIL import Image
 from test_weights import released_names
 
 from co2s_fast.cli import main
+from co2s_fast.engine import imported
+from co2s_fast.engine.config import read_run_config
+from co2s_fast.engine.log import read_metrics
 from co2s_fast.engine.runs import load_run
-from co2s_fast.models import build_student
+from co2s_fast.models import StudentConfig, build_student, released
 from co2s_fast.models.released import released_config
 
 CLASSES = [{"name": n, "color": [i, 9, 9]} for i, n in enumerate(("field", "road", "water"))]
@@ -38,9 +41,11 @@ def dataset(tmp_path):
     return root
 
 
-def save_released(path, backbone: str, classes) -> dict[str, torch.Tensor]:
+def save_released(
+    path, backbone: str, classes, settings=released_config
+) -> dict[str, torch.Tensor]:
     """A checkpoint with the released names and shapes, and the state it has to come back as."""
-    student = build_student(released_config(backbone), classes, seed=3)
+    student = build_student(settings(backbone), classes, seed=3)
     if backbone == "clip":  # its class vectors are the file's
         student.queries = torch.randn(student.queries.shape, generator=torch.Generator())
     torch.save({"model": released_names(student, backbone), "epoch": 3}, path)
@@ -94,3 +99,60 @@ def test_what_is_no_released_checkpoint_leaves_nothing(dataset, tmp_path):
     result = call("import-checkpoint", tmp_path / "no.pth", "--dataset", "potsdam", "-o", run)
     assert result.exit_code == 1 and "no such file" in result.output
     assert not run.exists()
+
+
+ORIGINAL = released.released_config
+SMALL = {  # of the released students, in width and depth
+    "clip": {"overrides": {"embed_dim": 32, "text_cfg": {"width": 32, "heads": 1, "layers": 1},
+                           "vision_cfg": {"layers": 4, "width": 64, "head_width": 16}},
+             "levels": (0, 2, 4)},
+    "timm": {"overrides": {"embed_dim": 64, "depth": 3, "num_heads": 4}, "levels": (0, 1, 2)},
+}  # fmt: skip
+
+
+def succeed(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def small_released_config(backbone: str) -> StudentConfig:
+    content = ORIGINAL(backbone).model_dump(mode="json", exclude={"overrides", "levels"})
+    return StudentConfig(**content, **SMALL[backbone])
+
+
+@pytest.mark.filterwarnings("ignore::co2s_fast.models.student.RandomBackboneWarning")
+@pytest.mark.parametrize("profile", ["official-infer", "official"])
+def test_imported_checkpoints_train_on_as_released(
+    dataset, tmp_path, monkeypatch, profile
+) -> None:
+    from co2s_fast.data import load_dataset
+
+    for module in (released, imported):
+        monkeypatch.setattr(module, "released_config", small_released_config)
+    monkeypatch.setattr("co2s_fast.report.write_report", lambda run: run)
+    classes = load_dataset(dataset / "dataset.yaml").classes
+    files = [tmp_path / f"{backbone}.pth" for backbone in ("clip", "timm")]
+    for file in files:
+        save_released(file, file.stem, classes, small_released_config)
+    run = tmp_path / "run"
+    result = succeed("import-checkpoint", *files, "--dataset", dataset / "dataset.yaml",
+                  "--data-root", dataset, "--ratio", "1/2", "--compat", profile,
+                  "-o", run)  # fmt: skip
+    assert f"compat {profile}" in result.output and "trains on" in result.output
+    config = read_run_config(run)
+    assert config.eval.absent == "zero"
+    assert config.method.stability_gradient == ("none" if profile == "official" else "learner")
+    before = load_run(run)[2]["ssm"].state_dict()
+    small = [part for text in ("train.steps=1", "train.tensorboard=false", "train.probe_images=0",
+                               "data.workers=0", "train.lr=0.002", "train.backbone_multiplier=1")
+             for part in ("--set", text)]  # fmt: skip
+    succeed("train", "--recipe", run / "config.yaml", "--out", run, "--resume", "--compat",
+         "official-train", *small)  # fmt: skip
+    config = read_run_config(run)
+    assert config.compat == "official-train" and config.method.cutmix_partner == "same-image"
+    record = next(r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train")
+    assert record["lr/ssm/backbone"] == pytest.approx(0.002)  # not the rate of the import
+    after = load_run(run, "last")[2]["ssm"].state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert any(".attn." in name for name in moved) and not any(".mlp." in name for name in moved)
