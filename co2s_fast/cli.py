@@ -299,11 +299,15 @@ def list_weights() -> None:
 @one_line_errors
 def fetch_weights(names: tuple[str, ...], out: Path | None) -> None:
     """Download weights by name, and note their checksums."""
+    from co2s_fast.models.weights.files import is_torchscript, torchscript_hint
     from co2s_fast.models.weights.registry import entry_named
     from co2s_fast.models.weights.store import fetch
 
     for entry in [entry_named(name) for name in names]:
-        click.echo(fetch(entry, out))
+        path = fetch(entry, out)
+        click.echo(path)
+        if is_torchscript(path):
+            click.echo(f"this is {torchscript_hint(path)}", err=True)
 
 
 @weights.command("import")

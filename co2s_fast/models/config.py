@@ -24,7 +24,8 @@ class TextConfig(_Strict):
             state dict that is loaded next to fill.
         path: the `.npy` file of source "file".
         model: open_clip model name, or JSON file, of the text tower (source "open_clip").
-        weights: open_clip pretrained tag or checkpoint file of the text tower.
+        weights: open_clip pretrained tag, name of `co2s-fast weights list` or file of the text
+            tower.
         template: the prompt; `{concept}` is replaced by each concept.
     """
 

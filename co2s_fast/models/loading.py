@@ -127,7 +127,7 @@ def tokenizer_for(model: str, tower: nn.Module) -> Callable[[list[str]], Tensor]
     import open_clip
 
     if open_clip.get_model_config(model) is not None:
-        return open_clip.get_tokenizer(model)
+        return open_clip.get_tokenizer(model, context_length=tower.context_length)
     return open_clip.SimpleTokenizer(context_length=tower.context_length)
 
 

@@ -9,8 +9,7 @@ table, so it is two matrices, and gradients flow through it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ def resize_biases(table: Tensor, window: Sequence[int], grid: Sequence[int]) -> 
     if tuple(window) == tuple(grid):
         return table
     rows, columns = (
-        torch.as_tensor(_spline(2 * old - 1, 2 * new - 1)).to(table)
+        _matrix(2 * old - 1, 2 * new - 1, table.device).to(table.dtype)
         for old, new in zip(window, grid, strict=True)
     )
     pairs = table[:-CLASS_ENTRIES].unflatten(0, (2 * window[0] - 1, 2 * window[1] - 1))
@@ -46,14 +45,35 @@ def resize_biases(table: Tensor, window: Sequence[int], grid: Sequence[int]) -> 
     return torch.cat([pairs.flatten(0, 1), table[-CLASS_ENTRIES:]])
 
 
-@lru_cache(maxsize=64)
-def _spline(old: int, new: int) -> np.ndarray:
+_kept: dict[tuple, Tensor] = {}
+
+
+def _once(key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` returns, made at the first call with this key."""
+    if key in _kept:
+        return _kept[key]
+    # A tensor made under inference_mode could not take part in a later training step.
+    with torch.inference_mode(False):
+        made = make()
+    if type(made) is Tensor:  # not a stand-in of some tracer
+        _kept[key] = made
+    return made
+
+
+def _matrix(old: int, new: int, device: torch.device) -> Tensor:
     """[new, old]: a row of `old` values at geometric distances to `new` at distances 0, 1, 2..."""
-    if old == new or old == 1:
-        return np.eye(new, old) if old == new else np.ones((new, 1))
+    return _once((old, new, device), lambda: torch.from_numpy(_spline(old, new)).to(device))
+
+
+def _spline(old: int, new: int) -> np.ndarray:
+    if old == 1:
+        return np.ones((new, 1))
+    if old == new:
+        return np.eye(new)
     known = _geometric(old // 2, new // 2)
     wanted = np.arange(-(new // 2), new // 2 + 1, dtype=float).clip(known[0], known[-1])
-    return make_interp_spline(known, np.eye(old), k=min(3, old - 1))(wanted)
+    spline = make_interp_spline(known, np.eye(old), k=min(3, old - 1))
+    return np.ascontiguousarray(spline(wanted))
 
 
 def _geometric(count: int, reach: int) -> np.ndarray:
@@ -72,25 +92,15 @@ def _geometric(count: int, reach: int) -> np.ndarray:
     return np.concatenate([-distances[::-1], [0.0], distances])
 
 
-_indices: dict[tuple, Tensor] = {}
-
-
-def _index(grid: tuple[int, int], device: torch.device) -> Tensor:
+def _index(height: int, width: int, device: torch.device) -> Tensor:
     """[N + 1, N + 1] rows of a table for each pair of tokens, class token first."""
-    key = (grid, device)
-    if key not in _indices:
-        # A tensor made under inference_mode could not take part in a later training step.
-        with torch.inference_mode(False):
-            made = beit.gen_relative_position_index(grid).to(device)
-        if type(made) is not Tensor or torch.compiler.is_compiling():
-            return made  # a stand-in of some tracer
-        _indices[key] = made
-    return _indices[key]
+    make = beit.gen_relative_position_index
+    return _once(("index", height, width, device), lambda: make((height, width)).to(device))
 
 
 def bias_of(table: Tensor, window: Sequence[int], grid: tuple[int, int]) -> Tensor:
     """[heads, N + 1, N + 1], what attention adds to its scores on a grid of N tokens."""
-    index = _index(grid, table.device)
+    index = _index(*grid, table.device)
     return resize_biases(table, window, grid)[index.flatten()].unflatten(0, index.shape).movedim(
         -1, 0).contiguous()  # fmt: skip
 

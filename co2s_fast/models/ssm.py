@@ -118,9 +118,17 @@ class TimmBackbone(nn.Module):
         if self.stem is not None:
             stem_maps, images = self.stem(images)
             maps = self.stem.skip_maps(stem_maps, self.stem_skips) if self.stem_skips else []
+        tokens = self._on_grid(images, grid) if self._told_the_grid else self._tokens(images)
+        return (*maps, *(level.transpose(1, 2).unflatten(2, grid) for level in tokens))
+
+    @torch.compiler.disable  # splines of scipy and attributes set on the way: nothing to compile
+    def _on_grid(self, images: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         for module in self._told_the_grid:
             module.grid = grid
-        tokens = self.model.forward_intermediates(
+        return self._tokens(images)
+
+    def _tokens(self, images: Tensor) -> list[Tensor]:
+        return self.model.forward_intermediates(
             images,
             indices=list(self.levels),
             norm=True,
@@ -128,7 +136,6 @@ class TimmBackbone(nn.Module):
             output_fmt="NLC",
             intermediates_only=True,
         )
-        return (*maps, *(level.transpose(1, 2).unflatten(2, grid) for level in tokens))
 
 
 def _check_model(model: nn.Module, levels: Sequence[int]) -> None:

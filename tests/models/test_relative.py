@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import timm
@@ -11,6 +13,7 @@ from timm.models.beit import RelativePositionBias
 
 from co2s_fast.errors import UsageError
 from co2s_fast.models.relative import _geometric, bias_of, free_grid, resize_biases
+from co2s_fast.models.ssm import TimmBackbone
 
 
 def table(window, heads=2, seed=0):
@@ -63,6 +66,29 @@ def test_the_index_is_timms():
     with torch.no_grad():
         own.relative_position_bias_table.normal_()
     assert torch.equal(bias_of(own.relative_position_bias_table, (3, 4), (3, 4)), own())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_any_size_in_any_mode(shared):
+    """Compiled (the blocks run as they are), after inference mode, with checkpoints, copied."""
+    options = {"use_rel_pos_bias": not shared, "use_shared_rel_pos_bias": shared}
+    model = timm.create_model("beitv2_base_patch16_224", embed_dim=64, depth=2, num_heads=1,
+                              num_classes=0, img_size=64, use_fc_norm=False, **options)  # fmt: skip
+    backbone = TimmBackbone(model, (0, 1))
+    compiled = torch.compile(backbone, backend="eager")
+    for height, width in [(48, 96), (64, 64), (80, 32)]:
+        images = torch.rand(1, 3, height, width)
+        with torch.inference_mode():
+            found = compiled(images)
+        expected = backbone(images)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        expected[-1].sum().backward()
+    model.set_grad_checkpointing(True)
+    backbone(images)[-1].sum().backward()
+    copy = deepcopy(backbone)
+    copy(images[..., :16])
+    assert backbone(images)[-1].shape[-2:] == (5, 2)
 
 
 def test_absolute_positions_are_refused():

@@ -16,13 +16,7 @@ from co2s_fast.models.inflate import NORMALIZATION
 from co2s_fast.models.weights import files, store
 from co2s_fast.models.weights.architecture import clip_architecture, ssm_architecture
 from co2s_fast.models.weights.layouts import Converted, Layout, detect, layout_named, translate
-from co2s_fast.models.weights.registry import (
-    ENTRIES,
-    REGISTRY,
-    Kind,
-    WeightEntry,
-    entry_named,
-)
+from co2s_fast.models.weights.registry import REGISTRY, Kind, WeightEntry, entry_named
 
 FORMAT = "co2s-fast weights"
 
@@ -144,12 +138,11 @@ def _must_be(entry: WeightEntry, found: Converted, source: Path, digest: str) ->
             f"weights {source}: of model {found.model} {found.overrides or ''}, expected "
             f"{entry.model} {wanted[1] or ''} for {entry.name}; give -o FILE without --as"
         )
-    original = found.layout.name == entry.layout and source.suffix != ".safetensors"
-    if original and entry.sha256 is not None and not digest.startswith(entry.sha256):
-        # A converted TorchScript archive is not the published file, byte for byte.
-        if entry.layout != "openai":
-            raise DataError(f"weights {source}: sha256 {digest}, {entry.origin} publishes "
-                            f"{entry.sha256} for {entry.name}")  # fmt: skip
+    # What is made of OpenAI's TorchScript archive is not the published file, byte for byte.
+    published = None if entry.layout == "openai" else entry.sha256
+    if published is not None and not digest.startswith(published):
+        raise DataError(f"weights {source}: sha256 {digest}, {entry.origin} publishes {published} "
+                        f"for {entry.name}")  # fmt: skip
 
 
 def _metadata(
@@ -230,13 +223,14 @@ def verify(path: Path) -> str:
 def verify_all() -> list[tuple[str, str, bool]]:
     """(name, what was found, all is well) of every known name that is on this machine."""
     results = []
-    for entry in ENTRIES:
+    for entry in REGISTRY.values():
         path = store.locate(entry)
         if path is None:
             continue
         try:
             digest = store.check(entry, path)
-            told = f"{path}: {verify(path)}"
+            code = files.is_torchscript(path)
+            told = f"{path}: {'a TorchScript archive, to convert' if code else verify(path)}"
             if files.metadata(path).get("format") != FORMAT:
                 told += f", file sha256 {digest[:12]}"
             results.append((entry.name, told, True))
@@ -258,7 +252,7 @@ def table() -> str:
         "  ".join([*(cell.ljust(w) for cell, w in zip(row[:-1], widths, strict=True)), row[-1]])
         for row in rows
     ]
-    notes = [f"{entry.name}: {entry.note}" for entry in ENTRIES if entry.note]
+    notes = [f"{entry.name}: {entry.note}" for entry in REGISTRY.values() if entry.note]
     return "\n".join([*lines, "", *notes])
 
 

@@ -59,12 +59,7 @@ def read_state_dict(path: str | Path) -> State:
 
 def _read(path: Path) -> Any:
     if is_torchscript(path):
-        raise DataError(
-            f"weights {path}: a TorchScript archive, which holds code and is not run here; where "
-            "you trust it, make a plain file of it: python -c \"import torch; torch.save("
-            f"torch.jit.load('{path.name}', map_location='cpu').state_dict(), '{path.stem}"
-            "-state.pt')\""
-        )
+        raise DataError(f"weights {path}: {torchscript_hint(path)}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -86,6 +81,15 @@ def is_torchscript(path: Path) -> bool:
         return False
     with ZipFile(path) as archive:
         return any(name.split("/")[1:2] == ["code"] for name in archive.namelist())
+
+
+def torchscript_hint(path: Path) -> str:
+    """What to do with a TorchScript archive."""
+    return (
+        "a TorchScript archive, which holds code and is not run here; where you trust it, make a "
+        f"plain file of it: python -c \"import torch; torch.save(torch.jit.load('{path.name}', "
+        f"map_location='cpu').state_dict(), '{path.stem}-state.pt')\", and import that"
+    )
 
 
 def metadata(path: str | Path) -> dict[str, str]:

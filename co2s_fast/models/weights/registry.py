@@ -74,7 +74,7 @@ _OPENAI_SHA = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 _META_DINOV3 = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 _BEIT_SHARED = {"use_fc_norm": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
 
-ENTRIES: tuple[WeightEntry, ...] = (
+_ENTRIES = (
     WeightEntry(
         "clip-openai", "clip", "ViT-B-16-quickgelu", "open_clip", "MIT",
         "https://github.com/openai/CLIP", "clip", tag="openai",
@@ -178,12 +178,12 @@ ENTRIES: tuple[WeightEntry, ...] = (
     ),
 )  # fmt: skip
 
-REGISTRY: dict[str, WeightEntry] = {entry.name: entry for entry in ENTRIES}
+REGISTRY: dict[str, WeightEntry] = {entry.name: entry for entry in _ENTRIES}
 
 
 def names(kind: Kind | None = None) -> list[str]:
     """Names of the known weights, all or those of one kind."""
-    return [entry.name for entry in ENTRIES if kind in (None, entry.kind)]
+    return [entry.name for entry in REGISTRY.values() if kind in (None, entry.kind)]
 
 
 def entry_named(name: str, kind: Kind | None = None) -> WeightEntry:
@@ -204,7 +204,7 @@ def entry_named(name: str, kind: Kind | None = None) -> WeightEntry:
 
 def entry_for(kind: Kind, model: str, weights: str | None) -> WeightEntry | None:
     """The entry that a student's `model` and `weights` (a name or a pretrained tag) mean."""
-    for entry in ENTRIES:
+    for entry in REGISTRY.values():
         same = entry.kind == kind and entry.model == model.split(".")[0]
         if same and weights is not None and weights in (entry.name, entry.tag):
             return entry

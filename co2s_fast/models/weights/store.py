@@ -60,7 +60,8 @@ def fetch(entry: WeightEntry, out: Path | None = None) -> Path:
 
     Args:
         entry: what to fetch.
-        out: folder for a copy; None: Hugging Face's cache for what is there, else `folder()`.
+        out: folder for a copy and its checksum, to take to another machine; None: it lies in
+            Hugging Face's cache or in `folder()`.
 
     Returns:
         The file.
@@ -72,11 +73,12 @@ def fetch(entry: WeightEntry, out: Path | None = None) -> Path:
     path = locate(entry)
     if path is None:
         path = _download(entry)
-    check(entry, path)
+    digest = check(entry, path)
     if out is not None:
         target = out / (entry.name + path.suffix)
         with replacing(target) as temporary:
             shutil.copyfile(path, temporary)
+        _note(out, entry, target, digest)
         path = target
     return path
 
@@ -140,19 +142,23 @@ def check(entry: WeightEntry, path: Path) -> str:
         raise DataError(f"weights {entry.name}: {path} has sha256 {found}, {who} is {expected}; "
                         "remove it and fetch it again")  # fmt: skip
     if not same_source:
-        about = {"file": path.name, "sha256": found, "bytes": path.stat().st_size,
-                 "source": entry.source}  # fmt: skip
-        write_text(folder() / LOCK_FILE, json.dumps({**read_lock(), entry.name: about}, indent=1))
+        _note(folder(), entry, path, found)
     return found
 
 
-def read_lock() -> dict[str, Any]:
-    """The checksums noted so far, by name.
+def _note(where: Path, entry: WeightEntry, path: Path, digest: str) -> None:
+    about = {"file": path.name, "sha256": digest, "bytes": path.stat().st_size,
+             "source": entry.source}  # fmt: skip
+    write_text(where / LOCK_FILE, json.dumps({**read_lock(where), entry.name: about}, indent=1))
+
+
+def read_lock(where: Path | None = None) -> dict[str, Any]:
+    """The checksums noted so far in `folder()` or another folder, by name.
 
     Raises:
         DataError: the file is damaged.
     """
-    path = folder() / LOCK_FILE
+    path = (where or folder()) / LOCK_FILE
     if not path.is_file():
         return {}
     try:
@@ -188,6 +194,8 @@ def resolve(kind: Kind, model: str, weights: str | None) -> str | None:
     """
     if weights is None or is_file_name(weights):
         return weights
+    if weights == "pretrained" and kind == "ssm":
+        weights = _default_tag(model)
     entry = entry_for(kind, model, weights)
     if entry is None:
         return weights
@@ -199,6 +207,14 @@ def resolve(kind: Kind, model: str, weights: str | None) -> str | None:
             raise DataError(missing(entry))
         return entry.tag  # through the library, which knows its own files best
     return str(fetch(entry))
+
+
+def _default_tag(model: str) -> str:
+    """The tag that timm takes where none is named."""
+    import timm
+
+    known = timm.is_model(model) and timm.get_pretrained_cfg(model)
+    return (known and known.tag) or "pretrained"
 
 
 @contextmanager
