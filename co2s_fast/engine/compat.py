@@ -9,7 +9,8 @@ both. Each is an override: above the recipe, below `--set`. What is not set, and
 - D5, D10, D11, D13: no setting; this package does as the release does.
 - Rates, loss weights, threshold and length of a run are the recipes' (`own` and the benchmarks'
   have the released ones). The released loop gives NaN where a labelled batch is ignored altogether;
-  here such a mean is 0. Its labelled images are repeated in another order, from no fixed seed.
+  here such a mean is 0. Its labelled images are repeated in another order, from no fixed seed, and
+  its text vectors went through float16.
 """
 
 from __future__ import annotations
@@ -58,25 +59,31 @@ def of_method(**values: Any) -> Callable[[RunConfig], Settings]:
 
 
 def of_students(backbone: str | None = None, **values: Any) -> Callable[[RunConfig], Settings]:
-    """Options of every student, or of those of one kind of backbone; `__` for a dot."""
+    """Options of every student, or of those of one kind of backbone."""
     return lambda config: {
-        f"students.{name}.{key.replace('__', '.')}": value
+        f"students.{name}.{key}": value
         for name, student in config.students.items()
         if backbone in (None, student.backbone)
         for key, value in values.items()
     }
 
 
-def _together(*parts: Callable[[RunConfig], Settings]) -> Callable[[RunConfig], Settings]:
-    return lambda config: {key: value for part in parts for key, value in part(config).items()}
+def _sizes(config: RunConfig) -> Settings:
+    sides = {"clip": 224, "timm": 256}
+    return {f"students.{name}.decoder.resize_to": [sides[student.backbone]] * 2
+            for name, student in config.students.items()}  # fmt: skip
 
 
-def _bfloat16_rope(config: RunConfig) -> Settings:
-    """For DINOv3 alone: no other timm model has that embedding."""
-    found = of_students("timm", rope="bf16", eps=1e-6)(config)
-    dinov3 = {name for name, student in config.students.items()
-              if "dinov3" in student.model or student.model == "tiny-ssm"}  # fmt: skip
-    return {key: value for key, value in found.items() if key.split(".")[1] in dinov3}
+def _same_image(config: RunConfig) -> Settings:
+    found = of_method(cutmix_partner="same-image", distribution_alignment=0.0)(config)
+    return found | {"data.loader": "torch"} if found else {}
+
+
+def _dinov3(config: RunConfig) -> Settings:
+    """No other timm model has that embedding."""
+    return {f"students.{name}.{key}": value for name, student in config.students.items()
+            if "dinov3" in student.model or student.model == "tiny-ssm"
+            for key, value in (("rope", "bf16"), ("eps", 1e-6))}  # fmt: skip
 
 
 DEVIATIONS = (
@@ -87,21 +94,16 @@ DEVIATIONS = (
                      "--set students.ssm.reinitialize=true"),
     Deviation("D3", "one factor λ(t), 0.5 after a cosine over the first fifth of the run", TRAIN,
               of_method(stability_weight=0.5, stability_ramp=0.2)),
-    Deviation("D4", "logits go through 224 x 224 (CLIP) or 256 x 256 (DINOv3)", BOTH,
-              _together(of_students("clip", decoder__resize_to=[224, 224]),
-                        of_students("timm", decoder__resize_to=[256, 256]))),
+    Deviation("D4", "logits go through 224 x 224 (CLIP) or 256 x 256 (DINOv3)", BOTH, _sizes),
     Deviation("D5", "unsupervised terms are divided by the pixels that are no padding",
               reason="always so"),
-    Deviation("D6", "CutMix pastes another augmentation of the same image", TRAIN,
-              lambda config: _together(
-                  of_method(cutmix_partner="same-image", distribution_alignment=0.0),
-                  lambda c: {"data.loader": "torch"} if "w" in _views(c) else {})(config)),
+    Deviation("D6", "CutMix pastes another augmentation of the same image", TRAIN, _same_image),
     Deviation("D7", "exact GELU and LayerNorm epsilon 1e-6 in the CLIP tower", BOTH,
               of_students("clip", activation="gelu", eps=1e-6)),
     Deviation("D8", "both students see images normalised as ImageNet's", BOTH,
               of_students(normalization="imagenet")),
     Deviation("D9", "rotary embedding in bfloat16 and LayerNorm epsilon 1e-6 in DINOv3", BOTH,
-              _bfloat16_rope),
+              _dinov3),
     Deviation("D10", "weight decay on every tensor, norms and biases included",
               reason="always so"),
     Deviation("D11", "scales are relative to a short side of 512, but LoveDA's",
@@ -128,12 +130,6 @@ DEVIATIONS = (
 )  # fmt: skip
 
 
-def _views(config: RunConfig) -> frozenset[str]:
-    from co2s_fast.methods import get_method
-
-    return get_method(config.method.name).views
-
-
 def compat_settings(config: RunConfig, compat: str) -> Settings:
     """Every key that a profile sets in a configuration of these students and this method."""
     return {key: value for deviation in DEVIATIONS if deviation.profiles & PROFILES[compat]
@@ -155,6 +151,8 @@ def nested(settings: Settings) -> dict[str, Any]:
 def describe_compat(config: RunConfig, compat: str) -> list[str]:
     """One line a deviation: what the profile set in this configuration, or why it did not.
 
+    What is in no profile concerns training and is told with it.
+
     Args:
         config: the final configuration; where it has another value, that was asked for.
         compat: the profile it was made with.
@@ -162,10 +160,9 @@ def describe_compat(config: RunConfig, compat: str) -> list[str]:
     lines = [f"compat {compat}:"]
     for deviation in DEVIATIONS:
         head = f"  {deviation.name}: {deviation.what}"
-        if deviation.reason:
+        if deviation.reason and "train" in PROFILES[compat]:
             always = deviation.reason.startswith("always")
             lines.append(f"{head} - {'' if always else 'not set: '}{deviation.reason}")
-            continue
         if not deviation.profiles & PROFILES[compat]:
             continue
         wanted = deviation.settings(config)

@@ -143,7 +143,10 @@ class ConsistencyMethod(Method):
 
     @torch.no_grad()
     def pseudo_labels(self, name: str, batch: Batch) -> list[Tensor | None]:
-        """Labels, confidences and padding of a batch's weak views, of which nothing is learnt."""
+        """Labels, confidences and padding of a batch's weak views, of which nothing is learnt.
+
+        In training mode; that of evaluation, as released, differs only where dropout was asked for.
+        """
         student = self.students[name]
         logits = student.decode(student.features(batch.w))
         confidence, label = softmax_confidence(logits, size=batch.w.shape[-2:])

@@ -27,13 +27,13 @@ CLASSES = [SimpleNamespace(name=name, concepts=[name]) for name in ("field", "ro
 SIZE, SIDE = 4, 64
 
 
-def make_method(name: str) -> nn.Module:
+def make_method(name: str, **options) -> nn.Module:
     students = {
         "clip": build_student(tiny_clip_config(), CLASSES, seed=0),
         "ssm": build_student(tiny_ssm_config(), CLASSES, seed=1),
     }
     method_class = get_method(name)
-    return method_class(students, method_class.Config()).train()
+    return method_class(students, method_class.Config(**options)).train()
 
 
 def make_batch(device: str) -> Batch:
@@ -70,6 +70,15 @@ def test_a_whole_step_without_values(name):
         trainer._make_step(make_batch("meta"))
     assert trainer.step == 7 and trainer.meter.steps == 2
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+
+
+def test_a_released_step_without_values():
+    method = make_method("co2s", cutmix_partner="same-image", mean_shards=2,
+                         stability_gradient="none").to("meta")  # fmt: skip
+    batch = make_batch("meta")
+    for name in ("w", "s1", "s2", "ignore", "truth", "boxes1", "boxes2"):
+        setattr(batch, name, torch.cat([getattr(batch, name)] * 2))
+    TrainerOfOneMethod(method, fused=False)._make_step(batch)
 
 
 @pytest.mark.parametrize("fetch", ["item", "bool", "cpu", "mask", "nonzero"])

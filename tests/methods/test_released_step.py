@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from co2s_fast.data import Batch
+from co2s_fast.engine.config import load_config
 from co2s_fast.errors import UsageError
 from co2s_fast.methods.base import channel_keep_masks, step_generator
-from co2s_fast.methods.co2s import Co2S, Co2SConfig
+from co2s_fast.methods.co2s import Co2S
 from co2s_fast.methods.ramp import cosine_ramp
 from co2s_fast.methods.unimatch import UniMatchConfig
 
@@ -75,9 +76,10 @@ def test_values_and_gradients_of_the_released_loop(golden, case) -> None:
         for ours, theirs in names.items()
     }
     weight = float(stored("scalar/pixelwise/stab_weight"))
-    method = Co2S(
-        students, Co2SConfig(**RELEASED, stability_weight=weight, stability_ramp=0.0)
-    )  # fmt: skip
+    config = load_config("own", compat="official-train").method
+    # The recorded loop ran on one process, at a step where λ(t) has the stored value.
+    of_this_step = {"mean_shards": 1, "stability_weight": weight, "stability_ramp": 0.0}
+    method = Co2S(students, config.model_copy(update=of_this_step))
     images = torch.zeros(6, 3, 40, 40, dtype=torch.uint8)
     strong = images.clone()
     if case == "k6_fp32":
