@@ -26,6 +26,7 @@ from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models import StudentConfig, build_student
 from co2s_fast.models.inflate import NORMALIZATION
 from co2s_fast.models.weights import registry, store
+from co2s_fast.models.weights.architecture import clip_architecture, ssm_architecture
 from co2s_fast.models.weights.choose import levels, put_students, settings, students_for
 from co2s_fast.models.weights.convert import import_weights, verify
 from co2s_fast.models.weights.layouts import LAYOUTS
@@ -114,6 +115,35 @@ def test_settings_of_every_name_build_a_configuration():
             assert (config.text.model, config.text.weights) == (entry.model, entry.name)
 
 
+def published(entry: WeightEntry) -> dict[str, torch.Tensor]:
+    """Names and shapes of the model that a name stands for, at full size, without memory."""
+    from co2s_fast.models.weights.convert import skeleton
+    from co2s_fast.models.weights.layouts import Converted, layout_named
+
+    layout = layout_named("open_clip" if entry.kind == "clip" else "timm")
+    words = {"token_embedding.weight": torch.zeros(1)}  # a whole model
+    return skeleton(Converted(layout, words, entry.model, dict(entry.overrides)))
+
+
+@pytest.mark.parametrize("name", [n for n in registry.names() if n != "beitv2-in22k"])
+def test_the_published_shapes_say_which_model_it_is(name):
+    """Else `weights import FILE --as NAME` would refuse the very file it is for."""
+    entry = REGISTRY[name]
+    state = published(entry)
+    if entry.kind == "clip":
+        quick = entry.model.endswith("quickgelu")
+        found = clip_architecture(state, "x", quick=quick)
+    else:
+        found = ssm_architecture(state, "x")
+    assert found == (entry.model, dict(entry.overrides))
+
+
+def test_a_name_beside_another_model(classes):
+    config = StudentConfig(backbone="timm", model="vit_small_patch16_224", weights="ibot")
+    with pytest.raises(UsageError, match="for model vit_base_patch16_224, not of kind ssm for"):
+        build_student(config, classes, seed=0)
+
+
 def test_levels_follow_the_depth():
     assert (levels("clip", 12), levels("ssm", 12)) == ([0, 4, 12], [2, 7, 11])
     assert (levels("clip", 24), levels("ssm", 24)) == ([0, 8, 24], [5, 15, 23])
@@ -177,7 +207,8 @@ def test_a_mean_of_its_own(mae_file, tmp_path, classes, small_decoder):
 def test_import_as_another_model_is_refused(mae_file):
     result = call("weights", "import", mae_file, "--as", "mae-file")
     assert result.exit_code == 1
-    assert "expected vit_base_patch16_224" in result.output
+    assert "do not fit vit_base_patch16_224: missing: " in result.output
+    assert "blocks.11.norm2.weight" in result.output
     assert call("weights", "import", mae_file).exit_code == 2
     wrong = call("weights", "import", mae_file, "-o", "x.safetensors", "--layout", "nonsense")
     assert wrong.exit_code == 2

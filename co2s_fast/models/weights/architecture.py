@@ -12,6 +12,7 @@ from co2s_fast.models.weights.files import State
 HEAD_WIDTH = 64
 """Of every published CLIP, MAE, BEiT, iBOT, SimMIM and DINO model; shapes do not tell it."""
 
+_LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 _CLIP_NAMES = {(16, 768, 12): "ViT-B-16", (32, 768, 12): "ViT-B-32", (14, 1024, 24): "ViT-L-14"}
 
 
@@ -75,11 +76,13 @@ def ssm_architecture(state: State, path: str | Path) -> tuple[str, dict[str, Any
     except (KeyError, ValueError) as error:
         raise DataError(f"weights {path}: no vision transformer, no entry {error}") from None
     name, overrides, usual = _family(state)
+    size = {"embed_dim": width, "depth": _depth(state, r"blocks\.(\d+)\."),
+            "num_heads": _heads(state, width)}  # fmt: skip
+    if size == _LARGE:
+        name, usual = name.replace("base", "large"), usual | _LARGE
     overrides |= _different(
         usual,
-        embed_dim=width,
-        depth=_depth(state, r"blocks\.(\d+)\."),
-        num_heads=_heads(state, width),
+        **size,
         patch_size=patch,
         mlp_ratio=hidden / width,
         img_size=_image_size(state, patch, usual["img_size"]),

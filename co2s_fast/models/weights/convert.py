@@ -46,7 +46,10 @@ class About:
 
 
 def convert(
-    path: Path, kind: Kind | None = None, layout: Layout | None = None, quick: bool | None = None
+    path: Path,
+    kind: Kind | None = None,
+    layout: Layout | None = None,
+    entry: WeightEntry | None = None,
 ) -> Converted:
     """A file's tensors under the library's names, with the model they belong to.
 
@@ -54,8 +57,9 @@ def convert(
         path: the file.
         kind: what it must be; None: either.
         layout: None: told by the keys.
-        quick: the CLIP model's activation is QuickGELU; None: for OpenAI's and transformers'
-            layouts, which are of OpenAI's models, and not for open_clip's.
+        entry: what it must be; None: told by names and shapes. Then a CLIP model's activation,
+            which no tensor tells, is QuickGELU for OpenAI's and transformers' layouts, which are
+            of OpenAI's models, and GELU for open_clip's.
 
     Raises:
         DataError: unreadable, unknown, or not whole: every missing and unexpected key is listed.
@@ -63,8 +67,10 @@ def convert(
     state = files.read_state_dict(path)
     layout = layout or detect(state, path, kind)
     state = translate(layout, state, path)
-    if layout.kind == "clip":
-        quick = layout.name in ("openai", "clip-hf", "co2s") if quick is None else quick
+    if entry is not None:
+        model, overrides = entry.model, dict(entry.overrides)
+    elif layout.kind == "clip":
+        quick = layout.name in ("openai", "clip-hf", "co2s")
         model, overrides = clip_architecture(state, path, quick=quick)
     else:
         model, overrides = ssm_architecture(state, path)
@@ -119,30 +125,18 @@ def import_weights(
         raise UsageError(f"-o {out}: expected a name that ends with .safetensors")
     kind = None if entry is None else entry.kind
     chosen = None if layout is None else layout_named(layout, kind)
-    quick = None if entry is None else entry.model.endswith("quickgelu")
-    found = convert(source, kind, chosen, quick)
+    found = convert(source, kind, chosen, entry)
     digest = files.file_sha256(source)
-    if entry is not None:
-        _must_be(entry, found, source, digest)
+    # What is made of OpenAI's TorchScript archive is not the published file, byte for byte.
+    published = None if entry is None or entry.layout == "openai" else entry.sha256
+    if published is not None and not digest.startswith(published):
+        raise DataError(f"weights {source}: sha256 {digest}, {entry.origin} publishes {published} "
+                        f"for {entry.name}")  # fmt: skip
     target = out or store.folder() / f"{name}.safetensors"
     about = _metadata(found, entry, source, digest)
     with replacing(target) as temporary:
         save_file(found.state, temporary, metadata=about)
     return target
-
-
-def _must_be(entry: WeightEntry, found: Converted, source: Path, digest: str) -> None:
-    wanted = (entry.model, dict(entry.overrides))
-    if (found.model, found.overrides) != wanted:
-        raise DataError(
-            f"weights {source}: of model {found.model} {found.overrides or ''}, expected "
-            f"{entry.model} {wanted[1] or ''} for {entry.name}; give -o FILE without --as"
-        )
-    # What is made of OpenAI's TorchScript archive is not the published file, byte for byte.
-    published = None if entry.layout == "openai" else entry.sha256
-    if published is not None and not digest.startswith(published):
-        raise DataError(f"weights {source}: sha256 {digest}, {entry.origin} publishes {published} "
-                        f"for {entry.name}")  # fmt: skip
 
 
 def _metadata(

@@ -14,7 +14,7 @@ from typing import Any
 from co2s_fast.data.files import replacing, write_text
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.weights.files import file_sha256, is_file_name
-from co2s_fast.models.weights.registry import Kind, WeightEntry, entry_for
+from co2s_fast.models.weights.registry import REGISTRY, Kind, WeightEntry, entry_for
 from co2s_fast.offline import go_offline, is_offline
 
 LOCK_FILE = "checksums.json"
@@ -190,7 +190,7 @@ def resolve(kind: Kind, model: str, weights: str | None) -> str | None:
     else the tag where the library loads it, else what is fetched now.
 
     Raises:
-        UsageError, DataError: see `fetch`.
+        UsageError: a name that is for another model. UsageError, DataError: see `fetch`.
     """
     if weights is None or is_file_name(weights):
         return weights
@@ -198,6 +198,7 @@ def resolve(kind: Kind, model: str, weights: str | None) -> str | None:
         weights = _default_tag(model)
     entry = entry_for(kind, model, weights)
     if entry is None:
+        _refuse_for_another(kind, model, weights)
         return weights
     path = locate(entry)
     if path is not None and (entry.tag is None or path.parent == folder()):
@@ -207,6 +208,16 @@ def resolve(kind: Kind, model: str, weights: str | None) -> str | None:
             raise DataError(missing(entry))
         return entry.tag  # through the library, which knows its own files best
     return str(fetch(entry))
+
+
+def _refuse_for_another(kind: Kind, model: str, weights: str) -> None:
+    """A known name beside a model that is not its own, unless a library has a tag of that name."""
+    entry = REGISTRY.get(weights)
+    if entry is not None and weights not in {each.tag for each in REGISTRY.values()}:
+        raise UsageError(
+            f"weights {weights!r} are of kind {entry.kind} for model {entry.model}, not of kind "
+            f"{kind} for {model}; --{entry.kind} {weights} sets both"
+        )
 
 
 def _default_tag(model: str) -> str:
