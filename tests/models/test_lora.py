@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -212,6 +213,35 @@ def test_blocks_past_the_deepest_level_have_no_adapters(classes, small_decoder) 
     for name, parameter in student.named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None), name
         assert not ("lora." in name and ("blocks.3." in name or "blocks.4." in name))
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        ("vit_base_patch16_224", {"embed_dim": 96, "num_heads": 3}),  # MAE's
+        ("beitv2_base_patch16_224", {"embed_dim": 96, "num_heads": 3, "img_size": 64}),
+        ("eva02_tiny_patch14_224", {"qkv_fused": False}),
+        ("vit_small_patch16_dinov3", {}),  # no biases
+    ],
+)
+def test_every_adapter_of_other_timm_models_is_reached(model, overrides, classes, small_decoder):
+    overrides = {"depth": 3, "init_values": 1.0, **overrides}
+    build = partial(StudentConfig, backbone="timm", model=model, weights=None, overrides=overrides,
+                    levels=(0, 1, 2), decoder=small_decoder)  # fmt: skip
+    base = build_student(build(), classes, seed=0).eval()
+    student = build_student(build(trainable="lora"), classes, seed=0).eval()
+    found = student(images())
+    torch.testing.assert_close(found, base(images()), rtol=1e-5, atol=1e-6)
+    found.square().mean().backward()
+    ups = {n: p.grad for n, p in student.named_parameters() if n.endswith("lora.up")}
+    assert len(ups) == 3 * (4 if "eva02" in model else 2)
+    assert [name for name, gradient in ups.items() if not gradient.any()] == []
+    stir(student)
+    with torch.no_grad():
+        expected = student(images())
+        student.merge_adapters()
+        torch.testing.assert_close(student(images()), expected, rtol=1e-4, atol=1e-5)
+    base.load_state_dict(student.state_dict())
 
 
 def test_an_unknown_attention_is_refused(classes, small_decoder) -> None:
