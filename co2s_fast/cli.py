@@ -250,6 +250,36 @@ def export(run: Path, **options: Any) -> None:
 
 @main.command()
 @click.argument("run", type=PATH)
+@click.argument("image", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="The figure: .png, .pdf or .svg.")
+@click.option("--student", type=click.Choice(["clip", "ssm", "both"]), default="both",
+              show_default=True)
+@click.option("--layer", type=int, default=-1, show_default=True, help="Number of the block; -1 is "
+              "the last whose attention the student uses.")
+@click.option("--point", metavar="X,Y", help="Draw the attention of the patch at this pixel of the "
+              "image. Default: of the class token.")
+@click.option("--size", type=click.IntRange(min=16), metavar="PIXELS", help="Largest side of the "
+              "part that goes through the students. Default: the run's crop.")
+@click.option("--scale", type=float, help="As for `predict`.")
+@checkpoint_option
+@click.option("--npz", is_flag=True, help="Also write the maps of all layers, as OUT.npz.")
+@one_line_errors
+def attention(run: Path, image: Path, out: Path, point: str | None, **options: Any) -> None:
+    r"""Draw where the heads of both students' backbones look in an image.
+
+    \b
+    co2s-fast attention runs/mine scene.tif -o attention.png
+    co2s-fast attention runs/mine scene.tif -o water.png --point 512,300 --size 512
+    """
+    from co2s_fast.engine.attention import attend, parse_point
+    from co2s_fast.report import draw_attention
+
+    found = attend(run, image, out=out, point=parse_point(point), **options)
+    click.echo(draw_attention(found, out))
+
+
+@main.command()
+@click.argument("run", type=PATH)
 @one_line_errors
 def report(run: Path) -> None:
     """Write RUN/report.html: curves, scores, confusion matrix and pictures in one file."""
