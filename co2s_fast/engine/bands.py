@@ -8,11 +8,9 @@ from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.engine.config import RunConfig
 from co2s_fast.errors import UsageError
 from co2s_fast.models import StudentConfig
+from co2s_fast.models.inflate import RGB
 
-
-def channels_of(spec: DatasetSpec) -> int:
-    """Channels of the images that the pipelines make of a dataset."""
-    return getattr(spec, "channels", 3)
+LEAST_DEVIATION = 1 / 255  # of a band: a constant one must not divide by 0
 
 
 def fit_students(config: RunConfig, spec: DatasetSpec) -> RunConfig:
@@ -32,15 +30,29 @@ def fit_students(config: RunConfig, spec: DatasetSpec) -> RunConfig:
 
 
 def describe_bands(spec: DatasetSpec) -> dict[str, Any]:
-    """`channels`, `bands` (names or None), `mean` and `std` (per channel or None) of a dataset."""
-    statistics = getattr(spec, "statistics", None)
-    names = getattr(spec, "band_names", None)
+    """`channels`, `bands` (names or None), `mean` and `std` (per channel or None) of a dataset.
+
+    The channels that pictures show as red, green and blue bear these names: pretrained filters see
+    what a person sees. No channel does where there are fewer than three.
+    """
+    statistics = spec.statistics
     return {
-        "channels": channels_of(spec),
-        "bands": None if names is None else tuple(names),
+        "channels": spec.channels,
+        "bands": None if spec.channels == 3 and spec.display is None else band_names(spec),
         "mean": None if statistics is None else tuple(statistics.mean),
-        "std": None if statistics is None else tuple(statistics.std),
-    }
+        "std": None if statistics is None else tuple(
+            max(value, LEAST_DEVIATION) for value in statistics.std),
+    }  # fmt: skip
+
+
+def band_names(spec: DatasetSpec) -> tuple[str, ...]:
+    """A name for each channel: "red", "green", "blue", or "band 8" by its number in the raster."""
+    names = [f"band {number}" for number in spec.bands or (1, 2, 3)]
+    if spec.channels >= 3:
+        for name, channel in zip(RGB, spec.display_channels, strict=True):
+            if names[channel] not in RGB:  # a channel may be shown in more than one colour
+                names[channel] = name
+    return tuple(names)
 
 
 def _fit(

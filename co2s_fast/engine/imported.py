@@ -9,7 +9,6 @@ from typing import Any
 from co2s_fast.data.catalogue import load_dataset
 from co2s_fast.data.files import write_text
 from co2s_fast.engine import checkpoint
-from co2s_fast.engine.bands import channels_of
 from co2s_fast.engine.compat import describe_compat
 from co2s_fast.engine.config import (
     CONFIG_FILE,
@@ -72,9 +71,9 @@ def import_checkpoints(
     if (out / CONFIG_FILE).exists():
         raise UsageError(f"{out} already holds a run; give another folder")
     spec = load_dataset(dataset)
-    if channels_of(spec) != 3:
+    if spec.channels != 3:
         raise DataError(f"weights {paths[0]}: the released students are for images of 3 channels, "
-                        f"dataset {spec.name!r} has {channels_of(spec)}")  # fmt: skip
+                        f"dataset {spec.name!r} has {spec.channels}")  # fmt: skip
     students: dict[str, Student] = {}
     for path in paths:
         student = load_released(path, spec.classes)

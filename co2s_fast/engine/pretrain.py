@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from co2s_fast.data import Batch, build_loader, open_dataset, open_split
 from co2s_fast.data.files import replacing, write_text
-from co2s_fast.engine.bands import channels_of, fit_students
+from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.config import PretrainConfig, RunConfig
 from co2s_fast.engine.log import say
 from co2s_fast.engine.start import derived_seed, student_seed
@@ -71,7 +71,7 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
                 "truth": False}
     )  # fmt: skip
     record: dict[str, Any] = {"pretrain": config.pretrain.model_dump(), "dataset": spec.name,
-                              "channels": channels_of(spec),
+                              "channels": spec.channels,
                               "seed": config.seed, "images": len(split.unlabeled),
                               "students": {}}  # fmt: skip
     states = {}

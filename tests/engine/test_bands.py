@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from untrained import untrained_run
 
+from co2s_fast.data.catalogue import DatasetSpec, parse_dataset
 from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.config import RunConfig
 from co2s_fast.engine.runs import load_run
 from co2s_fast.errors import DataError, UsageError
 
+STATISTICS = {"dtype": "uint16", "low": [0] * 4, "high": [1e4] * 4, "mean": [0.2, 0.3, 0.3, 0.6],
+              "std": [0.1, 0.1, 0.2, 0.0]}  # fmt: skip
 
-def dataset(channels=4, names=None, statistics=None) -> SimpleNamespace:
-    return SimpleNamespace(name="bands", channels=channels, band_names=names, statistics=statistics)
 
-
-STATISTICS = SimpleNamespace(low=[0] * 4, high=[1e4] * 4, mean=[0.2, 0.3, 0.3, 0.6],
-                             std=[0.1, 0.1, 0.2, 0.2])  # fmt: skip
+def dataset(bands=(1, 2, 3, 4), **changes) -> DatasetSpec:
+    classes = [{"name": n, "color": [i, i, i]} for i, n in enumerate("ab")]
+    return parse_dataset({"name": "bands", "classes": classes, "bands": bands, **changes}, "test")
 
 
 def test_plain_rgb_changes_nothing(run_content) -> None:
@@ -31,16 +30,32 @@ def test_plain_rgb_changes_nothing(run_content) -> None:
 
 def test_students_take_number_names_and_statistics(run_content) -> None:
     config = RunConfig.model_validate(run_content())
-    names = ["blue", "green", "red", "nir"]
-    fitted = fit_students(config, dataset(names=names, statistics=STATISTICS))
+    spec = dataset(bands=[2, 3, 4, 8], display=[4, 3, 2], statistics=STATISTICS)
+    fitted = fit_students(config, spec)
     for student in fitted.students.values():
-        assert student.channels == 4 and student.bands == tuple(names)
-        assert student.mean == tuple(STATISTICS.mean) and student.std == tuple(STATISTICS.std)
+        assert student.channels == 4 and student.bands == ("blue", "green", "red", "band 8")
+        assert student.mean == (0.2, 0.3, 0.3, 0.6)
+        assert student.std == (0.1, 0.1, 0.2, 1 / 255)
     again = RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(fitted.model_dump(mode="json"))))
     assert again.students == fitted.students  # what config.yaml of the run holds
-    assert fit_students(again, dataset(names=names, statistics=STATISTICS)) == fitted
-    bare = fit_students(config, dataset(7)).students["ssm"]
-    assert (bare.channels, bare.bands, bare.mean) == (7, None, None)
+    assert fit_students(again, spec) == fitted
+
+
+@pytest.mark.parametrize(
+    ("bands", "display", "names"),
+    [
+        (4, None, ("red", "green", "blue", "band 4")),
+        ([4, 3, 2], None, None),
+        ([2, 3, 4], [4, 3, 2], ("blue", "green", "red")),
+        ([5, 1], None, ("band 5", "band 1")),
+        ([7], None, ("band 7",)),
+        ([1, 2, 3, 4], [4, 4, 1], ("blue", "band 2", "band 3", "red")),
+    ],
+)
+def test_colours_are_what_pictures_show(run_content, bands, display, names) -> None:
+    config = RunConfig.model_validate(run_content())
+    student = fit_students(config, dataset(bands, display=display)).students["ssm"]
+    assert (student.bands, student.mean) == (names, None)
 
 
 def test_what_is_configured_for_other_bands_is_refused(run_content) -> None:
