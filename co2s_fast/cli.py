@@ -399,12 +399,17 @@ def list_datasets() -> None:
 @click.argument("dataset")
 @click.option("--raw", type=PATH, help="Folder with the raw release or your own files.")
 @click.option("--out", type=PATH, required=True, help="Folder for images/, labels/, dataset.yaml.")
+@click.option("--bands", metavar="4,3,2", help="Bands of the rasters that make the channels, counted "
+              "from 1, in place of `bands` in the description.")
+@click.option("--stretch", type=click.Choice(["auto", "percentile", "minmax", "none"]),
+              help="How numbers become [0, 1], in place of `raster.stretch` in the description.")
 @one_line_errors
-def prepare(dataset: str, raw: Path | None, out: Path) -> None:
+def prepare(dataset: str, raw: Path | None, out: Path, **options: Any) -> None:
     """Turn raw files into the layout that `train` reads (DATASET: a name or a YAML file)."""
     from co2s_fast.data import load_dataset, prepare_dataset
+    from co2s_fast.data.catalogue import change_bands
 
-    click.echo(prepare_dataset(load_dataset(dataset), raw, out))
+    click.echo(prepare_dataset(change_bands(load_dataset(dataset), **options), raw, out))
 
 
 @data.command()

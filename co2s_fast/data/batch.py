@@ -21,7 +21,7 @@ class Batch:
         w: unlabelled images, weak view. None where the method asks for no unlabelled view.
         s1: first strong view of the same crops, before CutMix.
         s2: second strong view.
-        ignore: uint8 [B, H, W], 255 where the unlabelled crop is padding, 0 elsewhere.
+        ignore: uint8 [B, H, W], 255 where the unlabelled crop is padding or has no data, else 0.
         boxes1: CutMix boxes of s1, int32 [B, 4] as (x1, y1, x2, y2), half open, zeros: no box.
         boxes2: CutMix boxes of s2.
         colours: what strong views are still to be made with, float32 [B, views, 10]; only between a

@@ -29,6 +29,7 @@ UNKNOWN = 254
 """Marks an undeclared mask value while a mask is decoded; never leaves the decoder."""
 
 MAX_CLASSES = 250
+RGB = ("red", "green", "blue")
 CATALOGUE = Path(__file__).parent / "datasets"
 
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -66,14 +67,33 @@ class MaskSpec(_Strict):
     """The one map `raw value or colour -> class | ignore`, applied once when a raw mask is read.
 
     Args:
-        encoding: "index" (one band of numbers) or "color" (RGB or palette, matched by colour).
+        encoding: "index" (one band of numbers), "color" (RGB or palette, matched by colour) or
+            "polygons" (GeoPackage, GeoJSON, ... burned in over the image's ground).
         offset: raw value of the first class; 1 is the `reduce_zero_label` of other frameworks.
-        ignore: values (index) or (r, g, b) colours (color) that mean "no class".
+        ignore: values (index), (r, g, b) colours (color), or values and names (polygons) that mean
+            "no class". The nodata value of a mask counts too, where no class has it.
+        attribute: of polygons: field that holds the name or the value of the class.
+        outside: of polygons: what lies in none of them, "ignore" or the name of a class.
+        all_touched: of polygons: burn every pixel that one touches, not only those whose centre it
+            holds.
+        layer: of polygons: name of the layer; None: the first.
     """
 
-    encoding: Literal["index", "color"] = "index"
+    encoding: Literal["index", "color", "polygons"] = "index"
     offset: int = 0
-    ignore: list[int | Color] = [IGNORE]
+    ignore: list[int | Color | str] = [IGNORE]
+    attribute: str | None = None
+    outside: str = "ignore"
+    all_touched: bool = False
+    layer: str | None = None
+
+    @model_validator(mode="after")
+    def _attribute_is_given(self) -> MaskSpec:
+        if self.encoding == "polygons" and self.attribute is None:
+            raise ValueError("encoding 'polygons' needs `attribute`, the field with the class")
+        if self.encoding != "polygons" and self.attribute is not None:
+            raise ValueError(f"attribute is for encoding 'polygons', found {self.encoding!r}")
+        return self
 
 
 class TileSpec(_Strict):
@@ -155,6 +175,8 @@ class DatasetSpec(_Strict):
         scale_range: (lo, hi).
         bands: bands of the rasters that make the channels, in this order, counted from 1; a
             number N means the first N. None: the first three, or a single one as grey.
+        band_names: names of the channels, e.g. [red, green, blue, nir]; pretrained filters go to
+            the bands of these three colours, which pictures show, too.
         display: the three of these bands that pictures show; None: the first three channels.
         raster: stretch and nodata of rasters.
         statistics: what `data prepare` found in the training images; None where images are 8-bit
@@ -174,6 +196,7 @@ class DatasetSpec(_Strict):
     scale: Literal["native"] | tuple[int, int] = "native"
     scale_range: tuple[float, float] = (0.5, 2.0)
     bands: list[BandNumber] | None = Field(default=None, min_length=1)
+    band_names: list[str] | None = None
     display: tuple[BandNumber, BandNumber, BandNumber] | None = None
     raster: RasterSpec = RasterSpec()
     statistics: BandStatistics | None = None
@@ -199,6 +222,9 @@ class DatasetSpec(_Strict):
         if self.display is not None:
             numbers = self.bands or [1, 2, 3]
             return tuple(numbers.index(band) for band in self.display)
+        names = [name.lower() for name in self.band_names or ()]
+        if all(color in names for color in RGB):
+            return tuple(names.index(color) for color in RGB)
         return (0, 1, 2) if self.channels >= 3 else (0, 0, 0)
 
     @property
@@ -240,6 +266,9 @@ def _band_problems(spec: DatasetSpec) -> list[str]:
     problems = [*_repeated("band", bands)]
     problems += [f"display: band {band} is not one of bands {', '.join(map(str, bands))}"
                  for band in dict.fromkeys(spec.display or ()) if band not in bands]
+    if spec.band_names is not None and len(spec.band_names) != spec.channels:
+        problems.append(f"band_names has {len(spec.band_names)} names, bands {spec.channels}")
+    problems += _repeated("band name", spec.band_names or [])
     found = spec.channels if spec.statistics is None else len(spec.statistics.low)
     if found != spec.channels:
         problems.append(f"statistics are of {found} channels, bands of {spec.channels}")
@@ -251,6 +280,11 @@ def _repeated(what: str, values: list[Any]) -> list[str]:
 
 
 def _mask_problems(spec: DatasetSpec) -> list[str]:
+    masks = [spec.mask, *(files.mask for files in spec.layouts if files.mask is not None)]
+    outside = [f"mask.outside {mask.outside!r}: expected 'ignore' or the name of a class"
+               for mask in masks if mask.outside not in ("ignore", *spec.class_names)]
+    if outside or spec.mask.encoding == "polygons":
+        return outside
     color = spec.mask.encoding == "color"
     problems = [
         f"mask.ignore {v}: encoding {spec.mask.encoding!r} needs {'colours' if color else 'values'}"
@@ -311,6 +345,24 @@ def parse_dataset(content: Any, origin: str | Path) -> DatasetSpec:
         return DatasetSpec.model_validate(content)
     except ValidationError as error:
         raise UsageError(f"dataset description {origin}: {explain(error)}") from error
+
+
+def change_bands(spec: DatasetSpec, bands: str | None = None,
+                 stretch: str | None = None) -> DatasetSpec:
+    """The dataset with other bands ("4,3,2") and another stretch; None keeps its own.
+
+    Raises:
+        UsageError: no list of numbers, or it does not go with the rest of the description.
+    """
+    content = spec.model_dump(mode="json")
+    if bands is not None:
+        try:
+            content["bands"] = [int(part) for part in bands.split(",")]
+        except ValueError:
+            raise UsageError(f"--bands {bands!r}: expected numbers like 4,3,2") from None
+    if stretch is not None:
+        content["raster"]["stretch"] = stretch
+    return parse_dataset(content, f"of {spec.name!r} with --bands and --stretch")
 
 
 def explain(error: ValidationError) -> str:

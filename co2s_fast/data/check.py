@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec
 from co2s_fast.data.config import DataConfig
 from co2s_fast.data.files import Item, write_text
+from co2s_fast.data.imagery import BandStatistics
 from co2s_fast.data.integrity import Finding, Look, Seen, inspect_all
 from co2s_fast.data.leaks import duplicate_findings
 from co2s_fast.data.splits import Split, describe_root, find_root, overlaps, read_list, summary
@@ -45,6 +46,7 @@ class Report:
         lists: length of each list, by "split/list".
         labeled_pixels: the same as `pixels` over the labelled list of each split.
         findings: everything that is wrong, `Finding` each: kind, message, files, severity.
+        statistics: of the bands, where images are not 8-bit colour or grey.
     """
 
     dataset: str
@@ -57,6 +59,7 @@ class Report:
     lists: dict[str, int] = field(default_factory=dict)
     labeled_pixels: dict[str, dict[str, int]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    statistics: BandStatistics | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -74,7 +77,8 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON: the fields above, "format" 1, and "problems" and "warnings"."""
         content = {"format": FORMAT, **asdict(self), "problems": self.problems,
-                   "warnings": self.warnings}
+                   "warnings": self.warnings,
+                   "statistics": self.statistics and self.statistics.model_dump()}
         return json.dumps(content, indent=1, ensure_ascii=False)
 
     def raise_problems(self) -> None:
@@ -106,7 +110,7 @@ def check_dataset(root: Path, spec: DatasetSpec | None = None, *, split: Path | 
     spec = spec or describe_root(root)
     root = find_root(DataConfig(root=root), spec)
     items = list_images(root)
-    report = Report(spec.name, str(root), level)
+    report = Report(spec.name, str(root), level, statistics=spec.statistics)
     if not items:
         report.findings.append(Finding("list", f"{root / 'images'}: no images"))
     known = {item.label for item in items}
@@ -272,6 +276,8 @@ def _render(report: Report) -> list[str]:
     lines += ["", f"{'size':<24}{'images':>12}"] + [f"{s:<24}{n:>12}" for s, n in shown[:8]]
     if len(shown) > 8:
         lines.append(f"{f'{len(shown) - 8} other sizes':<24}{sum(n for _, n in shown[8:]):>12}")
+    if report.statistics is not None:
+        lines += ["", str(report.statistics)]
     lines += _pixel_table("class", report.pixels)
     for name, pixels in report.labeled_pixels.items():
         lines += _pixel_table(f"labelled by {name}", pixels)

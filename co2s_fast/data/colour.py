@@ -1,8 +1,8 @@
-"""Colour jitter, grey and blur of a strong view, on 8-bit images [C, H, W].
+"""Colour jitter, grey and blur of a strong view, on images [C, H, W], 8-bit or float in [0, 1].
 
 The whole chain runs in float32 over a few rows at a time, so intermediate values stay in the
 cache and are rounded once, at the end. Each part means what torchvision's function of that name
-means on float tensors. The blur is a separable Gaussian in 16-bit fixed point.
+means on float tensors. The blur is a separable Gaussian, of 8-bit images in 16-bit fixed point.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _SAMPLE = 4  # every 4th row and column estimate the mean grey that contrast tur
 _PIXELS_AT_ONCE = 1 << 15
 
 
-def recolour(pixels: NDArray[np.uint8], colour: Colour) -> NDArray[np.uint8]:
-    """Jitter and grey of an image [C, H, W].
+def recolour(pixels: NDArray, colour: Colour) -> NDArray:
+    """Jitter and grey of an image [C, H, W], uint8 or float32 in [0, 1].
 
     Images of other than three bands have no hue, saturation or grey: those parts are left out, and
     contrast turns about the mean of all bands.
@@ -30,17 +30,23 @@ def recolour(pixels: NDArray[np.uint8], colour: Colour) -> NDArray[np.uint8]:
     gray = colour.gray and bands == 3
     if not order and not gray:
         return pixels
-    pivot = 0.0
+    pivot, scale = 0.0, np.float32(1 if pixels.dtype == np.uint8 else 255)
     if 1 in order:
-        sample = pixels[:, ::_SAMPLE, ::_SAMPLE].astype(np.float32)
+        sample = pixels[:, ::_SAMPLE, ::_SAMPLE].astype(np.float32) * scale
         pivot = float(_gray(_steps(sample, order[: order.index(1)], colour, 0.0)).mean())
     out = np.empty_like(pixels)
     rows = max(_PIXELS_AT_ONCE // width, 1)
     for top in range(0, pixels.shape[1], rows):
-        part = _steps(pixels[:, top : top + rows].astype(np.float32), order, colour, pivot)
+        part = pixels[:, top : top + rows].astype(np.float32)
+        if scale != 1:
+            part *= scale
+        part = _steps(part, order, colour, pivot)
         if gray:
             part[:] = _gray(part)
-        part += np.float32(0.5)
+        if scale != 1:
+            part /= scale
+        else:
+            part += np.float32(0.5)
         out[:, top : top + rows] = part
     return out
 
@@ -102,7 +108,7 @@ def _turn_hue(colors: NDArray[np.float32], turns: float) -> None:
         np.subtract(value, away, out=colors[channel])
 
 
-def blur(pixels: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
+def blur(pixels: NDArray, sigma: float) -> NDArray:
     """Gaussian blur of [C, H, W], edges repeated; weights are multiples of 1/256."""
     weights = _weights(sigma)
     if len(weights) == 1:
@@ -122,24 +128,28 @@ def _weights(sigma: float) -> list[int]:
     return weights
 
 
-def _smooth(pixels: NDArray[np.uint8], weights: list[int], axis: int) -> NDArray[np.uint8]:
+def _smooth(pixels: NDArray, weights: list[int], axis: int) -> NDArray:
     radius, length = len(weights) - 1, pixels.shape[axis]
     margin = [(0, 0)] * 3
     margin[axis] = (radius, radius)
-    padded = np.pad(pixels, margin, mode="edge").astype(np.uint16)
+    whole = pixels.dtype == np.uint8
+    kind = np.uint16 if whole else np.float32
+    padded = np.pad(pixels, margin, mode="edge").astype(kind)
 
-    def shifted(by: int) -> NDArray[np.uint16]:
+    def shifted(by: int) -> NDArray:
         where = [slice(None)] * 3
         where[axis] = slice(radius + by, radius + by + length)
         return padded[tuple(where)]
 
-    # 255 * 256 + 128 still fits 16 bits.
-    total = shifted(0) * np.uint16(weights[0])
-    total += np.uint16(128)
+    total = shifted(0) * kind(weights[0])
+    if whole:  # 255 * 256 + 128 still fits 16 bits
+        total += np.uint16(128)
     pair = np.empty_like(total)
     for distance, weight in enumerate(weights[1:], 1):
         np.add(shifted(distance), shifted(-distance), out=pair)
-        pair *= np.uint16(weight)
+        pair *= kind(weight)
         total += pair
+    if not whole:
+        return total * np.float32(1 / 256)
     total >>= 8
     return total.astype(np.uint8)

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from co2s_fast.data.catalogue import IGNORE, UNKNOWN, DatasetSpec, MaskSpec, class_values
+from co2s_fast.data.imagery import BandStatistics
 from co2s_fast.errors import DataError
 
 DESCRIPTION = "dataset.yaml"
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Orthophotos exceed Pillow's default guard (89 megapixels) by far; a header may claim this much.
 Image.MAX_IMAGE_PIXELS = 1 << 31
 
+_LARGEST_VALUE = (1 << 20) - 1  # of a class in a raw mask, so that tables stay small
 _COLOR_MODES = ("RGB", "P", "L", "RGBA", "1", "LA", "PA")
 
 
@@ -74,10 +76,22 @@ def load_image(path: Path) -> NDArray[np.uint8]:
 
 def load_rgb(path: Path) -> Image.Image:
     """`load_image` as a Pillow image in mode RGB."""
-    image = open_image(path)
+    return _as_rgb(open_image(path), path)
+
+
+def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode not in _COLOR_MODES and image.mode not in ("CMYK", "YCbCr"):
         raise DataError(f"{path}: mode {image.mode}, expected 8-bit grey or RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_picture(path: Path) -> tuple[Image.Image, NDArray[np.bool_] | None]:
+    """`load_rgb`, and where the picture is fully transparent, bool [H, W]; None: nowhere."""
+    image = open_image(path)
+    if image.mode not in ("RGBA", "LA", "PA"):
+        return _as_rgb(image, path), None
+    transparent = np.asarray(image.getchannel("A")) == 0
+    return _as_rgb(image, path), transparent if transparent.any() else None
 
 
 def load_label(item: Item, spec: DatasetSpec) -> NDArray[np.uint8]:
@@ -106,10 +120,10 @@ def decode_mask(path: Path, spec: DatasetSpec) -> NDArray[np.uint8]:
     image = open_image(path)
     if spec.mask.encoding == "color":
         raw = np.asarray(image.convert("RGB"))
-        label = _decode_colors(raw, spec)
+        label = decode_colors(raw, spec)
     else:
         raw = _one_band(image, path)
-        label = _decode_values(raw, spec)
+        label = decode_values(raw, spec)
     unknown = label == UNKNOWN
     if unknown.any():
         raise _undeclared(path, raw, unknown, spec)
@@ -122,22 +136,24 @@ def _one_band(image: Image.Image, path: Path) -> NDArray:
     return np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
 
 
-def _decode_values(raw: NDArray, spec: DatasetSpec) -> NDArray[np.uint8]:
-    table = np.full(int(max(raw.max(initial=0), IGNORE)) + 1, UNKNOWN, np.uint8)
-    for value in (*spec.mask.ignore, IGNORE):
-        if value < len(table):
-            table[value] = IGNORE
-    for index in range(spec.num_classes):
-        for value in class_values(spec, index):
-            if value < len(table):
-                table[value] = index
-    if raw.min(initial=0) < 0:
-        raw = np.where(raw < 0, len(table), raw)
-        table = np.append(table, np.uint8(UNKNOWN))
+def decode_values(raw: NDArray, spec: DatasetSpec) -> NDArray[np.uint8]:
+    """Class ids of raw mask values of any number type, UNKNOWN where one is not declared."""
+    if raw.dtype.kind == "f":
+        raw = np.where(raw == np.floor(raw), raw, -1).clip(-1, _LARGEST_VALUE + 1).astype(np.int64)
+    table = np.full(min(int(raw.max(initial=IGNORE)), _LARGEST_VALUE) + 2, UNKNOWN, np.uint8)
+    last = len(table) - 1  # of all values that have no place in the table
+    classes = {value: index for index in range(spec.num_classes)
+               for value in class_values(spec, index)}
+    for value, label in {**dict.fromkeys([*spec.mask.ignore, IGNORE], IGNORE), **classes}.items():
+        if 0 <= value < last:
+            table[value] = label
+    if raw.min(initial=0) < 0 or raw.max(initial=0) > last:
+        raw = np.where((raw < 0) | (raw > last), last, raw)
     return table[raw]
 
 
-def _decode_colors(rgb: NDArray[np.uint8], spec: DatasetSpec) -> NDArray[np.uint8]:
+def decode_colors(rgb: NDArray[np.uint8], spec: DatasetSpec) -> NDArray[np.uint8]:
+    """Class ids of colours [H, W, 3], UNKNOWN where one is not declared."""
     ignored = [c for c in spec.mask.ignore if isinstance(c, tuple)]
     colors = np.array([*spec.palette, *ignored], np.uint8)
     values = np.array([*range(spec.num_classes), *[IGNORE] * len(ignored)], np.uint8)
@@ -172,12 +188,23 @@ def decode_palette_numpy(
 
 def _undeclared(path: Path, raw: NDArray, where: NDArray, spec: DatasetSpec
 ) -> UndeclaredValueError:
+    return undeclared(path, count_values(raw, where), spec)
+
+
+Values = dict[float | tuple[int, ...], int]
+
+
+def count_values(raw: NDArray, where: NDArray[np.bool_]) -> Values:
+    """Pixels of each value or colour of a raw mask among those marked."""
     values, counts = np.unique(raw[where], axis=0, return_counts=True)
-    kind = "colour" if raw.ndim == 3 else "value"
-    shown = ", ".join(
-        f"{tuple(int(c) for c in v) if raw.ndim == 3 else int(v)} in {n} pixels"
-        for v, n in list(zip(values, counts, strict=True))[:5]
-    )
+    return {tuple(map(int, v)) if raw.ndim == 3 else v.item(): int(n)
+            for v, n in zip(values, counts, strict=True)}
+
+
+def undeclared(path: Path, values: Values, spec: DatasetSpec) -> UndeclaredValueError:
+    """The error about values that a mask has and the dataset does not declare."""
+    kind = "colour" if any(isinstance(v, tuple) for v in values) else "value"
+    shown = ", ".join(f"{v} in {n} pixels" for v, n in sorted(values.items())[:5])
     more = f" and {len(values) - 5} more" if len(values) > 5 else ""
     return UndeclaredValueError(
         f"{path}: undeclared {kind} {shown}{more}; "
@@ -214,7 +241,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_image(path: Path, image: NDArray[np.uint8]) -> None:
-    """Write uint8 [H, W, 3] as PNG, or as TIFF where the path says so, atomically."""
+    """Write uint8 [H, W, 3] as PNG, or as TIFF where the path says so, atomically.
+
+    A fourth channel is alpha, 0 where there is no data.
+    """
     with replacing(path) as temporary:
         Image.fromarray(image).save(temporary, **_encoding(path))
 
@@ -235,9 +265,11 @@ def _encoding(path: Path) -> dict[str, str | int]:
     return {"format": "PNG", "compress_level": 1}
 
 
-def write_description(root: Path, spec: DatasetSpec) -> None:
+def write_description(root: Path, spec: DatasetSpec,
+                      statistics: BandStatistics | None = None) -> None:
     """Write `dataset.yaml` of a prepared folder: the dataset, its labels now being class ids."""
     classes = [c.model_copy(update={"values": []}) for c in spec.classes]
-    prepared = spec.model_copy(update={"mask": MaskSpec(), "classes": classes})
+    prepared = spec.model_copy(update={"mask": MaskSpec(), "classes": classes,
+                                       "statistics": statistics})
     content = prepared.model_dump(mode="json", exclude_defaults=True)
     write_text(root / DESCRIPTION, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -44,6 +45,38 @@ class RasterSpec(BaseModel):
         return self.stretch
 
 
+PLAIN_RASTER = RasterSpec()
+
+
+class Imagery(Protocol):
+    """What a reader of rasters has to know of a dataset; a `DatasetSpec` is one."""
+
+    name: str
+    bands: list[int] | None
+    raster: RasterSpec
+    statistics: BandStatistics | None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images as the students get them."""
+
+    @property
+    def display_channels(self) -> tuple[int, int, int]:
+        """Channels, counted from 0, that pictures show."""
+
+
+@dataclass(frozen=True)
+class PlainImages:
+    """8-bit colour or grey, nothing more being known of the dataset."""
+
+    name: str = "8-bit images"
+    bands: None = None
+    raster: RasterSpec = PLAIN_RASTER
+    statistics: None = None
+    channels: int = 3
+    display_channels: tuple[int, int, int] = (0, 1, 2)
+
+
 class BandStatistics(BaseModel):
     """What was found in the training images, a number for each channel.
 
@@ -69,6 +102,14 @@ class BandStatistics(BaseModel):
     def as_bytes(self) -> bool:
         """Images are uint8 and stay so: there is nothing to stretch."""
         return self.dtype == "uint8" and not any(self.low) and all(h == 255 for h in self.high)
+
+    def __str__(self) -> str:
+        lines = [f"{self.dtype} images, by channel:",
+                 f"{'channel':>7}{'low':>14}{'high':>14}{'mean':>10}{'std':>10}"]
+        rows = enumerate(zip(self.low, self.high, self.mean, self.std, strict=True), 1)
+        lines += [f"{number:>7}{low:>14.6g}{high:>14.6g}{mean:>10.4f}{std:>10.4f}"
+                  for number, (low, high, mean, std) in rows]
+        return "\n".join(lines)
 
     @model_validator(mode="after")
     def _one_number_a_channel(self) -> BandStatistics:

@@ -19,6 +19,9 @@ from tqdm import tqdm
 from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.duplicates import Fingerprint, fingerprint
 from co2s_fast.data.files import Item, UndeclaredValueError, load_image, load_label
+from co2s_fast.data.pixels import RasterPixels
+from co2s_fast.data.rasters import open_source
+from co2s_fast.data.stretching import as_bytes
 from co2s_fast.errors import DataError
 
 _TAILS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
@@ -83,7 +86,9 @@ def inspect(item: Item, spec: DatasetSpec, look: Look) -> Seen:
     """Look at an image and its label."""
     seen = Seen()
     try:
-        if look.decode or not looks_whole(item.image):
+        if spec.statistics is not None:
+            _inspect_raster(item, spec, look, seen)
+        elif look.decode or not looks_whole(item.image):
             pixels = load_image(item.image)
             seen.size = pixels.shape[1::-1]
             seen.print = fingerprint(pixels) if look.prints else None
@@ -110,6 +115,15 @@ def inspect(item: Item, spec: DatasetSpec, look: Look) -> Seen:
     return seen
 
 
+def _inspect_raster(item: Item, spec: DatasetSpec, look: Look, seen: Seen) -> None:
+    """Size, bands and number type by the header; all pixels where the look is close."""
+    image = RasterPixels(item.image, spec)
+    seen.size = image.width, image.height
+    if look.decode or not looks_whole(item.image, any_mode=True):
+        pixels, _ = image.whole()
+        seen.print = fingerprint(as_bytes(pixels).transpose(1, 2, 0)) if look.prints else None
+
+
 def _unusable(path: Path, error: DataError) -> Finding:
     kind = "undeclared-value" if isinstance(error, UndeclaredValueError) else "unreadable"
     return Finding(kind if path.exists() else "missing", str(error), (str(path),))
@@ -121,8 +135,13 @@ def header_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def looks_whole(path: Path) -> bool:
-    """Whether header and ending are those of a complete file. False: decode it to be sure."""
+def looks_whole(path: Path, any_mode: bool = False) -> bool:
+    """Whether header and ending are those of a complete file. False: decode it to be sure.
+
+    With `any_mode`, also of files whose pixels Pillow cannot represent.
+    """
+    if any_mode:
+        return _tiff_whole(path)
     try:
         with Image.open(path) as image, path.open("rb") as file:
             length = file.seek(0, os.SEEK_END)
@@ -135,6 +154,19 @@ def looks_whole(path: Path) -> bool:
             return tail is not None and tail in file.read()
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
         return False
+
+
+def _tiff_whole(path: Path) -> bool:
+    """Whether all blocks that a TIFF's first directory lists lie inside the file."""
+    with open_source(path) as source:
+        length = path.stat().st_size
+        for band in range(1, source.count + 1):
+            for place, _ in source.block_windows(band):
+                offset = source.get_tag_item(f"BLOCK_OFFSET_{place[1]}_{place[0]}", "TIFF", band)
+                size = source.get_tag_item(f"BLOCK_SIZE_{place[1]}_{place[0]}", "TIFF", band)
+                if offset is None or size is None or int(offset) + int(size) > length:
+                    return False
+        return True
 
 
 def _tiff_end(image: Image.Image) -> float:

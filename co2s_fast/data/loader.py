@@ -42,16 +42,26 @@ class LoaderChoice:
         return "torch" + (", strong views on the device" if self.strong_on_device else "")
 
 
-def choose_loader(config: DataConfig, device: torch.device | str = "cpu") -> LoaderChoice:
+def choose_loader(config: DataConfig, device: torch.device | str = "cpu",
+                  spec: DatasetSpec | None = None) -> LoaderChoice:
     """Which pipeline serves a run on that device.
 
+    Args:
+        config: of the run.
+        device: of the run.
+        spec: the dataset: DALI takes 8-bit colour and grey only; None: such a one.
+
     Raises:
-        UsageError: DALI was asked for and is not installed, or its GPU placement without a GPU.
+        UsageError: DALI was asked for and is not installed, or its GPU placement without a GPU, or
+            it cannot read the dataset's rasters.
     """
     on_gpu = torch.device(device).type == "cuda"
-    loader = config.loader
+    loader, rasters = config.loader, spec is not None and spec.statistics is not None
     if loader == "auto":
-        loader = "dali" if on_gpu and dali_is_installed() else "torch"
+        loader = "dali" if on_gpu and dali_is_installed() and not rasters else "torch"
+    if loader == "dali" and rasters:
+        raise UsageError(f"loader 'dali' reads 8-bit colour images only; dataset {spec.name!r} has "
+                         f"{spec.channels} bands of {spec.statistics.dtype}: use --loader torch")
     if loader == "torch":
         strong = on_gpu if config.strong_on_device is None else config.strong_on_device
         return LoaderChoice("torch", strong_on_device=strong)
@@ -114,7 +124,7 @@ def build_loader(
     if set(views) - {"x"} and len(split.unlabeled) < config.batch_size:
         raise UsageError(f"{len(split.unlabeled)} unlabelled images, fewer than the batch size "
                          f"{config.batch_size}; the method needs unlabelled images")
-    choice = choose_loader(config, device)
+    choice = choose_loader(config, device, spec)
     plan = Plan(config, spec, split, views, seed, rank, world)
     steps = range(start_step, total_steps)
     if choice.loader == "dali" and PARTNER in views:

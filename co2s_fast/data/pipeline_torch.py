@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,10 +20,11 @@ from co2s_fast.data.batch import Batch
 from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.damage import Damaged, read_place
 from co2s_fast.data.draws import LABELED, UNLABELED, Geometry
-from co2s_fast.data.files import Item, load_rgb
+from co2s_fast.data.files import Item
+from co2s_fast.data.pixels import Pixels, open_pixels
 from co2s_fast.data.plan import STRONG, Plan
 from co2s_fast.data.strong_on_device import pack
-from co2s_fast.data.transforms import crop_image, crop_label, padding_map, strong_view
+from co2s_fast.data.transforms import crop_label, strong_view
 from co2s_fast.errors import DataError
 
 
@@ -70,19 +70,18 @@ class StepDataset(Dataset):
         return Batch(**stacked, damaged=damaged)
 
     def _labeled(self, step: int, position: int, item: Item) -> dict[str, NDArray | str]:
-        plan, image = self.plan, load_rgb(item.image)
+        plan, image = self.plan, open_pixels(item.image, self.plan.spec)
         label = plan.label(item, image.height, image.width)
         geometry = plan.draw(step, position, LABELED, image.height, image.width, label).geometry
-        return {"x": _channels_first(crop_image(image, geometry, plan.antialias)),
-                "y": crop_label(label, geometry), "labeled_files": item.name}
+        pixels, ignore = image.crop(geometry, plan.antialias)
+        return {"x": pixels, "y": np.maximum(crop_label(label, geometry), ignore),
+                "labeled_files": item.name}
 
     def _unlabeled(self, step: int, position: int, item: Item) -> dict[str, NDArray | str]:
-        plan, image = self.plan, load_rgb(item.image)
+        plan, image = self.plan, open_pixels(item.image, self.plan.spec)
         drawn = plan.draw(step, position, UNLABELED, image.height, image.width)
-        crop = crop_image(image, drawn.geometry, plan.antialias)
-        out: dict[str, NDArray | str] = {"ignore": padding_map(drawn.geometry),
-                                         "unlabeled_files": item.name}
-        pixels = _channels_first(crop)
+        pixels, ignore = image.crop(drawn.geometry, plan.antialias)
+        out: dict[str, NDArray | str] = {"ignore": ignore, "unlabeled_files": item.name}
         strong = [(number, name) for number, name in enumerate(STRONG) if name in plan.views]
         if "w" in plan.views or (strong and not self.strong):
             out["w"] = pixels
@@ -97,14 +96,10 @@ class StepDataset(Dataset):
             out["truth"] = self._truth(item, image, drawn.geometry)
         return out
 
-    def _truth(self, item: Item, image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
+    def _truth(self, item: Item, image: Pixels, geometry: Geometry) -> NDArray[np.uint8]:
         if item.label is None:
             return np.full((geometry.crop, geometry.crop), IGNORE, np.uint8)
         return crop_label(self.plan.label(item, image.height, image.width), geometry)
-
-
-def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def _stack(samples: list[dict[str, NDArray | str]]) -> dict[str, Tensor | list[str]]:

@@ -17,36 +17,44 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from co2s_fast.data.archives import find_archives, unpacked
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec, TileSpec
-from co2s_fast.data.files import (
-    decode_mask,
-    load_rgb,
-    replacing,
-    save_image,
-    save_label,
-    write_description,
-    write_text,
-)
+from co2s_fast.data.files import save_label, write_description, write_text
+from co2s_fast.data.imagery import BandStatistics
 from co2s_fast.data.pairing import Source, find_sources, list_files
+from co2s_fast.data.raw import Piece, RawImage, open_raw
 from co2s_fast.data.splits import summary
+from co2s_fast.data.survey import survey
+from co2s_fast.data.tile_writer import Place, TileWriter
 from co2s_fast.data.tiles import TILES
 from co2s_fast.errors import DataError, UsageError
 
 RECORD = "prepared.json"
+_WAITING = 16  # files of one image that wait to be written
 
 
 @dataclass
 class Prepared:
-    """What preparing found and wrote. `pixels` counts by class name, "ignored" last."""
+    """What preparing found and wrote.
+
+    Args:
+        root: the prepared folder.
+        images: raw images.
+        tiles: written.
+        labeled: tiles with a label.
+        pixels: of each class by name, "ignored" last.
+        empty: tiles that were left out because they have no data at all.
+        statistics: of the bands, where images are not 8-bit colour or grey.
+        already: it was all there.
+        notes: what was decided on the way.
+    """
 
     root: Path
     images: int = 0
@@ -54,12 +62,17 @@ class Prepared:
     labeled: int = 0
     pixels: dict[str, int] = field(default_factory=dict)
     already: bool = False
+    empty: int = 0
+    statistics: BandStatistics | None = None
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         if self.already:
             return f"{self.root}: already prepared, {self.tiles} tiles"
-        return (f"{self.root}: {self.tiles} tiles ({self.labeled} with a label) "
-                f"from {self.images} images")
+        empty = f"; {self.empty} without data are left out" if self.empty else ""
+        lines = [f"{self.root}: {self.tiles} tiles ({self.labeled} with a label) "
+                 f"from {self.images} images{empty}", *self.notes]
+        return "\n".join(lines + ([str(self.statistics)] if self.statistics else []))
 
 
 def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite: bool = False,
@@ -101,12 +114,22 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
     shutil.rmtree(temporary, ignore_errors=True)
     with unpacked(archives, out, progress) as more:
         sources = find_sources(raw, spec, more)
+        dtype = survey(sources, spec)
         for name in ("images", "labels"):
             (temporary / name).mkdir(parents=True)
         try:
-            prepared = _write_tiles(sources, temporary, spec, progress)
+            prepared = _write_tiles(sources, temporary, spec, TileWriter(spec, dtype), progress)
             prepared.root = out
-            write_description(temporary, spec)
+            if dtype is not None:
+                from co2s_fast.data.split_maker import training_images
+                from co2s_fast.data.statistics import band_statistics
+
+                write_description(temporary, spec)
+                items, prepared.notes = training_images(temporary, spec)
+                prepared.statistics = band_statistics(
+                    [item.image for item in items], spec, threads=os.cpu_count() or 1,
+                    progress=progress)
+            write_description(temporary, spec, prepared.statistics)
             totals = {"images": prepared.images, "tiles": prepared.tiles,
                       "labeled": prepared.labeled, "pixels": prepared.pixels}
             write_text(temporary / RECORD, json.dumps({**record, **totals}, indent=1))
@@ -156,6 +179,7 @@ class _Written:
 
     rows: list[tuple] = field(default_factory=list)
     labeled: int = 0
+    empty: int = 0
     pixels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
     problem: str | None = None
 
@@ -178,7 +202,7 @@ class _Claims:
                             "tile.name that tell them apart")
 
 
-def _write_tiles(sources: list[Source], root: Path, spec: DatasetSpec,
+def _write_tiles(sources: list[Source], root: Path, spec: DatasetSpec, writer: TileWriter,
                  progress: bool) -> Prepared:
     names = _names(sources, spec)
     total, problems, claims = _Written(), [], _Claims()
@@ -188,22 +212,25 @@ def _write_tiles(sources: list[Source], root: Path, spec: DatasetSpec,
     # Two pools: images wait for their tiles, which must not wait for images.
     with bar, ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(threads) as writers:
         for found in _in_order(
-            pool, lambda s: _write_source(s, names[s], root, spec, claims, writers), sources
+            pool, lambda s: _write_source(s, names[s], root, spec, claims, writer, writers), sources
         ):
             bar.update()
             if found.problem is not None:
                 problems.append(found.problem)
             total.rows += found.rows
             total.labeled += found.labeled
+            total.empty += found.empty
             total.pixels += found.pixels
     if problems:
         raise DataError(summary(problems))
+    if not total.rows and total.empty:
+        raise DataError(f"none of {len(sources)} images has any data, nodata being left out")
     if not total.rows:
         raise DataError(f"no image is as large as a tile of {spec.tile.size} pixels")
     pixels = {n: int(c) for n, c in zip(spec.class_names, total.pixels, strict=False)}
     pixels["ignored"] = int(total.pixels[IGNORE])
     _write_index(root / TILES, total.rows)
-    return Prepared(root, len(sources), len(total.rows), total.labeled, pixels)
+    return Prepared(root, len(sources), len(total.rows), total.labeled, pixels, empty=total.empty)
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[Source], _Written],
@@ -219,48 +246,54 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable[[Source], _Written],
 
 
 def _write_source(
-    source: Source, base: str, root: Path, spec: DatasetSpec, claims: _Claims,
+    source: Source, base: str, root: Path, spec: DatasetSpec, claims: _Claims, writer: TileWriter,
     writers: ThreadPoolExecutor,
 ) -> _Written:  # fmt: skip
     """The tiles of one raw image; a file that cannot be used becomes the result's problem."""
     tile = source.files.tile or spec.tile
-    found, jobs = _Written(), []
+    polygons = (source.files.mask or spec.mask).encoding == "polygons"
+    found, jobs = _Written(), deque[Future[None]]()
     try:
-        image, label = _read(source, spec, tile)
+        with open_raw(source, spec, tile) as image:
+            suffix = writer.suffix(source, image, tile)
+            for place in _places(image, tile):
+                piece = image.part(place.y, place.x, place.height, place.width)
+                if piece.empty:
+                    found.empty += 1
+                    continue
+                if polygons and piece.label is not None and (piece.label == IGNORE).all():
+                    piece = Piece(piece.pixels, piece.valid, None)  # nobody has drawn here
+                name = _tile_name(source, base, tile, place)
+                claims.claim(name, source.image)
+                row = (f"{name}{suffix}", source.group, source.image.name, place.y, place.x)
+                found.rows.append(row)
+                path = root / "images" / f"{name}{suffix}"
+                write = writer.image(path, piece, source, image, place, tile)
+                jobs.append(writers.submit(write))
+                if piece.label is not None:
+                    label = _padded(piece.label, tile.size)
+                    as_image = writer.dtype is None and suffix == ".tif"
+                    label_suffix = suffix if as_image else ".png"
+                    path = root / "labels" / f"{name}{label_suffix}"
+                    jobs.append(writers.submit(save_label, path, label, spec.palette))
+                    found.pixels += np.bincount(label.ravel(), minlength=256)
+                    found.labeled += 1
+                while len(jobs) > _WAITING:  # reading must not run ahead of writing
+                    jobs.popleft().result()
+            image.finish()
     except DataError as error:
-        return _Written(problem=str(error))
-    whole = tile.size is None and tile.scale == 1
-    suffix = source.image.suffix.lower() if whole else f".{tile.format}"
-    for part in _cut(image, label, tile):
-        name = _tile_name(source, base, tile, part)
-        try:
-            claims.claim(name, source.image)
-        except DataError as error:
-            return replace(found, problem=str(error))
-        found.rows.append((f"{name}{suffix}", source.group, source.image.name, part.y, part.x))
-        if whole:  # not a pixel changes, so the file need not be encoded anew
-            with replacing(root / "images" / f"{name}{suffix}") as temporary:
-                shutil.copyfile(source.image, temporary)
-        else:
-            path = root / "images" / f"{name}{suffix}"
-            jobs.append(writers.submit(save_image, path, part.pixels))
-        if part.label is not None:
-            label_suffix = ".png" if whole and suffix != ".tif" else suffix
-            path = root / "labels" / f"{name}{label_suffix}"
-            jobs.append(writers.submit(save_label, path, part.label, spec.palette))
-            found.pixels += np.bincount(part.label.ravel(), minlength=256)
-            found.labeled += 1
+        found.problem = str(error)
     for job in jobs:
         job.result()  # raises what writing raised
     return found
 
 
-def _tile_name(source: Source, base: str, tile: TileSpec, part: _Tile) -> str:
+def _tile_name(source: Source, base: str, tile: TileSpec, place: Place) -> str:
     if tile.name is None:
-        return f"{base}_{part.y}_{part.x}" if tile.size else base
-    height, width = part.pixels.shape[:2]
-    corners = {"x1": part.x, "y1": part.y, "x2": part.x + width, "y2": part.y + height,
-               "row": part.row, "column": part.column}
+        return f"{base}_{place.y}_{place.x}" if tile.size else base
+    height, width = (tile.size or place.height), (tile.size or place.width)
+    corners = {"x1": place.x, "y1": place.y, "x2": place.x + width, "y2": place.y + height,
+               "row": place.row, "column": place.column}
     return _slug(tile.name.format_map({**dict(source.fields), **corners}))
 
 
@@ -282,26 +315,6 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_.")
 
 
-def _read(
-    source: Source, spec: DatasetSpec, tile: TileSpec
-) -> tuple[Image.Image, NDArray[np.uint8] | None]:
-    image = load_rgb(source.image)
-    label = None
-    if source.label is not None:
-        mask = source.files.mask
-        label = decode_mask(source.label, spec.model_copy(update={"mask": mask}) if mask else spec)
-    if label is not None and label.shape != (image.height, image.width):
-        raise DataError(f"{source.label}: {label.shape[1]} x {label.shape[0]} pixels, its image "
-                        f"{source.image} has {image.width} x {image.height}")
-    scale = tile.scale
-    if scale != 1:
-        size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
-        image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased when shrinking
-        if label is not None:
-            label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
-    return image, label
-
-
 def starts(length: int, tile: TileSpec) -> list[int]:
     """First pixels of the tiles along one side of an image."""
     size, stride = tile.size or length, tile.stride or tile.size or length
@@ -313,34 +326,19 @@ def starts(length: int, tile: TileSpec) -> list[int]:
     return whole
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """One tile: its corner and place in the grid, pixels (0 where padded), label (255 there)."""
-
-    y: int
-    x: int
-    row: int
-    column: int
-    pixels: NDArray[np.uint8]
-    label: NDArray[np.uint8] | None
-
-
-def _cut(image: Image.Image, label: NDArray[np.uint8] | None, tile: TileSpec) -> Iterator[_Tile]:
-    """The tiles of an image, row by row."""
-    pixels = np.asarray(image)
+def _places(image: RawImage, tile: TileSpec) -> Iterator[Place]:
+    """Where the tiles of an image lie, row by row."""
     for row, y in enumerate(starts(image.height, tile)):
         for column, x in enumerate(starts(image.width, tile)):
-            window = np.s_[y : y + (tile.size or image.height), x : x + (tile.size or image.width)]
-            part = _padded(pixels[window], tile.size, 0)
-            mask = None if label is None else _padded(label[window], tile.size, IGNORE)
-            yield _Tile(y, x, row, column, part, mask)
+            yield Place(y, x, row, column, min(tile.size or image.height, image.height - y),
+                        min(tile.size or image.width, image.width - x))
 
 
-def _padded(part: NDArray[np.uint8], size: int | None, value: int) -> NDArray[np.uint8]:
-    if size is None or part.shape[:2] == (size, size):
-        return np.ascontiguousarray(part)
-    out = np.full((size, size, *part.shape[2:]), value, np.uint8)
-    out[: part.shape[0], : part.shape[1]] = part
+def _padded(label: NDArray[np.uint8], size: int | None) -> NDArray[np.uint8]:
+    if size is None or label.shape == (size, size):
+        return np.ascontiguousarray(label)
+    out = np.full((size, size), IGNORE, np.uint8)
+    out[: label.shape[0], : label.shape[1]] = label
     return out
 
 

@@ -125,6 +125,23 @@ def _prepared_rule(root: Path, spec: DatasetSpec) -> float | list[str]:
     return (load_dataset(description) if description.is_file() else spec).val
 
 
+def training_images(root: Path, spec: DatasetSpec) -> tuple[list[Item], list[str]]:
+    """The images that the dataset's own rule leaves to train on, and what there is to say.
+
+    All images, where the rule cannot be applied (yet): with labels for one group only, or none.
+    """
+    items, known = list_images(root), read_groups(root)
+    groups = {i.image.name: known.get(i.image.name) or group_from_name(i.name) for i in items}
+    try:
+        held = _choose_val(items, groups, spec.val, root)
+    except DataError as error:
+        return items, [f"band statistics are of all images, validation included: {error}"]
+    train = [i for i in items if groups[i.image.name] not in held]
+    if not train:
+        return items, ["band statistics are of all images: every group is held out to validate"]
+    return train, []
+
+
 def _choose_val(items: Sequence[Item], groups: dict[str, str], rule: float | list[str],
                 root: Path) -> set[str]:
     """Names of the groups held out: whole groups that have a label."""

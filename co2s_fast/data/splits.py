@@ -62,6 +62,10 @@ def open_split(config: DataConfig, spec: DatasetSpec, use: Use = "train") -> Spl
         raise UsageError("which images are labelled? give a ratio (1/16), a number of labels, "
                          "or a split folder")
     root = find_root(config, spec)
+    if spec.channels != 3 and spec.statistics is None:
+        raise DataError(f"{root}: dataset {spec.name!r} has {spec.channels} channels and no band "
+                        f"statistics; `co2s-fast data prepare {config.dataset} --raw RAW_FOLDER "
+                        f"--out {root}` takes them")
     notes: list[str] = []
     folder = config.split or root / SPLITS / split_name(config)
     if config.split is None and not (folder / "labeled.txt").is_file():

@@ -62,7 +62,7 @@ def add_strong_views(batch: Batch, colours: Tensor) -> Batch:
     """The batch with the strong views whose boxes it has.
 
     Args:
-        batch: with `w`, uint8 [B, C, H, W].
+        batch: with `w`, uint8 or float32 in [0, 1] [B, C, H, W].
         colours: float32 [B, V, NUMBERS] on the CPU, the V strong views in order.
     """
     names = [name for name in STRONG if getattr(batch, f"boxes{name[1:]}") is not None]
@@ -78,17 +78,18 @@ def strong_views(images: Tensor, colours: Sequence[Colour]) -> Tensor:
     bands have no hue, saturation or grey.
 
     Args:
-        images: uint8 [B, C, H, W].
+        images: uint8, or float32 in [0, 1], [B, C, H, W].
         colours: B of them.
 
     Returns:
-        uint8 [B, C, H, W].
+        [B, C, H, W] of the same type.
     """
     from kornia.color import rgb_to_grayscale
     from kornia.filters import gaussian_blur2d
 
     rgb = images.shape[1] == 3
-    x = images.float() / 255
+    whole = images.dtype == torch.uint8
+    x = images.float() / 255 if whole else images.clone()
     orders = [[p for p in c.order if rgb or p < 2] for c in colours]
     for slot in range(PARTS):
         for part, (name, change) in enumerate(_parts()):
@@ -102,6 +103,8 @@ def strong_views(images: Tensor, colours: Sequence[Colour]) -> Tensor:
     sigmas = [[colours[i].sigma] * 2 for i in chosen]
     side = 2 * max((math.ceil(3 * sigma) for sigma, _ in sigmas), default=0) + 1
     _change(x, chosen, lambda part, sigma: gaussian_blur2d(part, side, sigma, "replicate"), sigmas)
+    if not whole:
+        return x.clamp_(0, 1)
     return x.mul_(255).add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 

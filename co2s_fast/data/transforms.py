@@ -23,13 +23,7 @@ if TYPE_CHECKING:
 def crop_image(image: Image.Image, geometry: Geometry, antialias: bool) -> Image.Image:
     """The crop of an image: resized, zero padded at right and bottom, flipped."""
     size, box = source_box(image.size, geometry)
-    # Enlarging, Pillow's resize is plain bilinear too, and quicker than its affine transform.
-    if antialias or (geometry.width >= image.width and geometry.height >= image.height):
-        crop = image.resize(size, Image.Resampling.BILINEAR, box=box)
-    else:
-        step_x, step_y = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
-        crop = image.transform(size, Image.Transform.AFFINE, (step_x, 0, box[0], 0, step_y, box[1]),
-                               Image.Resampling.BILINEAR)
+    crop = resampled(image, size, box, antialias or enlarges(image.size, geometry))
     if geometry.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if size != (geometry.crop, geometry.crop):
@@ -37,6 +31,29 @@ def crop_image(image: Image.Image, geometry: Geometry, antialias: bool) -> Image
         whole.paste(crop, (geometry.crop - size[0] if geometry.flip else 0, 0))
         crop = whole
     return crop
+
+
+def enlarges(size: tuple[int, int], geometry: Geometry) -> bool:
+    """Whether no side of an image of (width, height) is made smaller."""
+    return geometry.width >= size[0] and geometry.height >= size[1]
+
+
+def resampled(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float],
+              antialias: bool) -> Image.Image:
+    """What a box of an image shows, at a size, bilinear.
+
+    Args:
+        image: of one band (8-bit or float32), or RGB.
+        size: (width, height) of the result.
+        box: (left, top, right, bottom) in pixels of the image; the filter reads beyond it.
+        antialias: as Pillow resizes; else plain bilinear, as mmcv does. Enlarging they are the
+            same, and Pillow's resize is quicker than its affine transform.
+    """
+    if antialias:
+        return image.resize(size, Image.Resampling.BILINEAR, box=box)
+    step_x, step_y = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
+    return image.transform(size, Image.Transform.AFFINE, (step_x, 0, box[0], 0, step_y, box[1]),
+                           Image.Resampling.BILINEAR)
 
 
 def crop_label(label: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
@@ -82,7 +99,7 @@ def nearest_pixels(source: int, target: int, start: int, count: int) -> NDArray[
     return (2 * np.arange(start, start + count) + 1) * source // (2 * target)
 
 
-def strong_view(pixels: NDArray[np.uint8], colour: Colour) -> NDArray[np.uint8]:
-    """Colour jitter, grey and blur of a crop [C, H, W], in this order."""
+def strong_view(pixels: NDArray, colour: Colour) -> NDArray:
+    """Colour jitter, grey and blur of a crop [C, H, W], in this order; see `colour`."""
     pixels = recolour(pixels, colour)
     return blur(pixels, colour.sigma) if colour.sigma else pixels

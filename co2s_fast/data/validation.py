@@ -10,15 +10,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from co2s_fast.data.catalogue import DatasetSpec
+from co2s_fast.data.catalogue import IGNORE, DatasetSpec
 from co2s_fast.data.config import DataConfig
 from co2s_fast.data.damage import Damaged
-from co2s_fast.data.files import Item, load_label, load_rgb
+from co2s_fast.data.files import Item, load_label
+from co2s_fast.data.pixels import open_pixels, resized_planes
 from co2s_fast.errors import DataError
 
 
 class ValDataset(Dataset):
-    """Yields (image uint8 [C, H, W], label uint8 [H', W'] or None, name), item by item.
+    """Yields (image [C, H, W], label uint8 [H', W'] or None, name), item by item.
+
+    Images are uint8, or float32 in [0, 1] where the dataset's are stretched.
 
     Args:
         items: in their order.
@@ -49,7 +52,7 @@ class ValDataset(Dataset):
             return torch.empty(0, 0, 0, dtype=torch.uint8), None, item.name
 
     def _read(self, item: Item) -> tuple[Tensor, Tensor | None, str]:
-        image = load_rgb(item.image)
+        image = open_pixels(item.image, self.spec)
         label = None
         if item.label is not None:
             label = load_label(item, self.spec)
@@ -57,11 +60,13 @@ class ValDataset(Dataset):
                 raise DataError(f"{item.label}: {label.shape[1]} x {label.shape[0]} pixels, its "
                                 f"image {item.image} has {image.width} x {image.height}")
             label = torch.from_numpy(np.array(label))
+        pixels, missing = image.whole()
+        if label is not None and missing is not None:
+            label[torch.from_numpy(missing)] = IGNORE
         size = val_size(image.height, image.width, self.scale)
         if size != (image.height, image.width):
-            image = resize_plain(image, size)
-        pixels = np.asarray(image).transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(pixels)), label, item.name
+            pixels = resized_planes(pixels, size)
+        return torch.from_numpy(pixels), label, item.name
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, str]]:
         return (self[index] for index in range(len(self)))

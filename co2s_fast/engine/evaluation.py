@@ -55,8 +55,9 @@ def evaluate(
     return the sum; all of them must call.
 
     Args:
-        students: name -> network, uint8 [B,C,H,W] in, logits [B,K,h,w] out.
-        items: validation set, (image uint8 [C,H,W], label uint8 [h,w] or None, name) each.
+        students: name -> network, [B,C,H,W] in, logits [B,K,h,w] out.
+        items: validation set, (image uint8, or float in [0, 1], [C,H,W], label uint8 [h,w] or None,
+            name) each.
         spec: the dataset: `num_classes`, `class_names`, `palette`, `crop`.
         config: see `EvalConfig`.
         device: where the students are.
@@ -208,7 +209,7 @@ def write_evaluation(
 class _Loaded:
     position: int
     name: str
-    image: Tensor  # uint8 [C,H,W]
+    image: Tensor  # uint8, or float in [0, 1], [C,H,W]
     label: Tensor | None  # uint8 [h,w]
 
 
@@ -236,7 +237,8 @@ def _predictions(
 
 
 def _draw(folder: Path, number: int, each: _Loaded, maps: dict[str, np.ndarray], spec: Any) -> None:
-    image = each.image.permute(1, 2, 0).numpy()
+    shown = getattr(spec, "display_channels", None)
+    image = pictures.as_rgb(each.image.permute(1, 2, 0).numpy(), shown)
     pictures.save(folder, number, each.name, image, each.label.numpy(), maps, spec.palette)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.files import replacing
+from co2s_fast.data.stretching import as_bytes
 
 MAX_SIDE = 512
 CANDIDATES = 64
@@ -99,7 +100,8 @@ def save(
         folder: RUN/panels.
         number: place among the chosen images.
         name: of the image.
-        image: uint8 [H,W,C]; the first three channels are shown (one channel as grey).
+        image: uint8, or float in [0, 1], [H,W,C]; the first three channels are shown (one channel
+            as grey).
         truth: uint8 [h,w], 255 where there is no label.
         maps: prediction name -> uint8 [h,w].
         palette: colour of each class.
@@ -156,7 +158,13 @@ def indexed(
     return picture
 
 
-def as_rgb(image: np.ndarray) -> np.ndarray:
-    """The first three channels of uint8 [H,W,C], or the first one three times."""
-    channels = [0, 1, 2] if image.shape[2] >= 3 else [0, 0, 0]
-    return np.ascontiguousarray(image[..., channels])
+def as_rgb(image: np.ndarray, channels: Sequence[int] | None = None) -> np.ndarray:
+    """Three channels of an image [H,W,C], uint8 or float in [0, 1], as uint8 [H,W,3].
+
+    Args:
+        image: the image.
+        channels: which; None: the first three, or the first one three times.
+    """
+    if channels is None:
+        channels = [0, 1, 2] if image.shape[2] >= 3 else [0, 0, 0]
+    return np.ascontiguousarray(as_bytes(image[..., list(channels)]))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from co2s_fast.data.catalogue import IGNORE
+from co2s_fast.data.catalogue import IGNORE, DatasetSpec
 from co2s_fast.data.config import DataConfig
 from co2s_fast.data.validation import val_size
 from co2s_fast.engine.inference import (
@@ -37,7 +37,7 @@ from co2s_fast.engine.outputs import (
     targets_in,
 )
 from co2s_fast.engine.polygons import require_fiona, write_polygons
-from co2s_fast.engine.scenes import Picture, Scene, is_raster, open_scene, size_of
+from co2s_fast.engine.scenes import PLAIN, Picture, Scene, is_raster, open_scene, size_of
 from co2s_fast.engine.sliding_window import Blend, Window, stream
 from co2s_fast.errors import UsageError
 
@@ -93,10 +93,10 @@ def predict(
     again, the call passes over the maps that are.
 
     Args:
-        students: name -> network, uint8 [B,3,H,W] in, logits [B,K,h,w] out.
+        students: name -> network, [B,C,H,W] in, logits [B,K,h,w] out.
         images: files, folders (their images, not their subfolders) and glob patterns.
         out_dir: folder for the maps; made where missing.
-        spec: the dataset: `num_classes`, `class_names`, `palette`, `crop`.
+        spec: the dataset: classes and crop; bands, number type and stretch of rasters.
         student: a student's name, or "both" for the mean of probabilities.
         config: windows and precision, see `EvalConfig`.
         data: the run's data configuration. PNG and JPEG are resized as its validation images are
@@ -114,7 +114,7 @@ def predict(
         The maps' paths, in the order of the images.
 
     Raises:
-        DataError: an image is missing, damaged or of another kind than 8-bit colour or grey.
+        DataError: an image is missing, damaged, or not of the dataset's bands and number type.
         UsageError: two images would give the same map, a map would replace its image, the folder
             cannot be written to, or polygons are asked for and cannot be had.
     """
@@ -135,7 +135,8 @@ def predict(
     pairs = list(zip(sources, targets, strict=True))
     if not outputs.overwrite:
         pairs = [(s, t) for s, t in pairs if not is_done(files_of(t, outputs), signature)]
-    sizes = [size_of(source) for source, _ in pairs]  # finds missing files before the first map
+    imagery = spec if isinstance(spec, DatasetSpec) else PLAIN
+    sizes = [size_of(source, imagery) for source, _ in pairs]  # tells what is missing now
     total = sum(height * width for height, width in sizes) / 1e6
     bar = tqdm(
         total=total,
@@ -148,7 +149,7 @@ def predict(
     with bar, evaluating(running, config, device):
         for (source, target), (height, width) in zip(pairs, sizes, strict=True):
             bar.set_postfix_str(source.name, refresh=False)
-            with open_scene(source, scale) as scene:
+            with open_scene(source, scale, imagery) as scene:
                 maps = maps_of(running, scene, config, spec, data, device, blend, scale)
                 share = height * width / (scene.height * scene.width) / 1e6
                 for pixels in _write(scene, maps, target, spec, outputs, signature):
@@ -202,7 +203,7 @@ def _write(
             if "confidence" in extra:
                 extra["confidence"](top, left, certainty[None])
             if "overlay" in extra:
-                pixels = scene.read(Window(top, left, *labels.shape))
+                pixels = scene.colours(Window(top, left, *labels.shape))
                 extra["overlay"](top, left, blend_colors(pixels, labels, spec.palette))
             yield labels.size
 
@@ -298,7 +299,11 @@ def rescaled_maps(
     crop = config.crop or getattr(spec, "crop", None)
     pixels = torch.from_numpy(np.ascontiguousarray(picture.resized(*size)))[None].to(device)
     logits = [image_logits(student, pixels, config, crop) for student in students.values()]
-    yield 0, 0, *_to_bytes(fuse(each.at(picture.height, picture.width) for each in logits))
+    classes, shares = _to_bytes(fuse(each.at(picture.height, picture.width) for each in logits))
+    valid = picture.valid(Window(0, 0, picture.height, picture.width))
+    if valid is not None:
+        classes[~valid], shares[~valid] = IGNORE, 0
+    yield 0, 0, classes, shares
 
 
 def _to_bytes(probabilities: torch.Tensor) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -8,7 +8,6 @@ and nodata. Every map carries the signature of what made it, so that finished on
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from co2s_fast.data import rasters
 from co2s_fast.data.catalogue import IGNORE
-from co2s_fast.data.files import load_rgb, open_image, replacing
+from co2s_fast.data.files import load_picture, open_image, replacing
+from co2s_fast.data.imagery import Imagery, PlainImages
+from co2s_fast.data.stretching import as_bytes, check_type, stretched
 from co2s_fast.data.validation import resize_plain
 from co2s_fast.engine.panels import indexed
 from co2s_fast.engine.sliding_window import Window
@@ -28,8 +30,8 @@ from co2s_fast.errors import DataError
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 RASTERS = (".tif", ".tiff")
 BLOCK = 256
-GDAL_CACHE_MB = 256  # of raster blocks; GDAL's own default is a share of the machine's memory
 SIGNATURE = "CO2S_FAST"
+PLAIN = PlainImages()
 
 
 class Scene(Protocol):
@@ -39,8 +41,11 @@ class Scene(Protocol):
     height: int
     width: int
 
-    def read(self, window: Window) -> NDArray[np.uint8]:
-        """Pixels [3, h, w] of a window, cut at the border."""
+    def read(self, window: Window) -> NDArray:
+        """Pixels [C, h, w] of a window, cut at the border: uint8, or float32 in [0, 1]."""
+
+    def colours(self, window: Window) -> NDArray[np.uint8]:
+        """The same as a picture [3, h, w]."""
 
     def valid(self, window: Window) -> NDArray[np.bool_] | None:
         """Where the window has data, bool [h, w]; None where all of it has."""
@@ -60,11 +65,19 @@ def is_raster(path: Path) -> bool:
     return path.suffix.lower() in RASTERS
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """(height, width) from the header; a DataError names a file that is missing or no image."""
+def size_of(path: Path, spec: Imagery = PLAIN) -> tuple[int, int]:
+    """(height, width) from the header.
+
+    Raises:
+        DataError: the file is missing, no image, or not of the dataset's bands and number type.
+    """
     if is_raster(path):
-        with _open_raster(path) as scene:
+        with _open_raster(path, spec) as scene:
             return scene.height, scene.width
+    if spec.channels != 3 or not (spec.statistics is None or spec.statistics.as_bytes):
+        kind = "uint8" if spec.statistics is None else spec.statistics.dtype
+        raise DataError(f"{path}: a picture of 8-bit colour; the run takes rasters of "
+                        f"{spec.channels} bands of {kind}")
     if not path.is_file():
         raise DataError(f"{path}: missing file")
     try:
@@ -76,16 +89,17 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def open_scene(path: Path, scale: float = 1.0) -> Iterator[Scene]:
+def open_scene(path: Path, scale: float = 1.0, spec: Imagery = PLAIN) -> Iterator[Scene]:
     """The image, closed at the end of the block.
 
     Args:
         path: a picture or a GeoTIFF.
         scale: factor on a GeoTIFF's size: it is read, and its map written, on a grid that much
             finer or coarser over the same ground. Pictures keep their size here.
+        spec: the run's dataset: bands, number type and stretch of rasters.
     """
     if is_raster(path):
-        with _open_raster(path, scale) as scene:
+        with _open_raster(path, spec, scale) as scene:
             yield scene
     else:
         yield Picture(path)
@@ -96,7 +110,7 @@ class Picture:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._image = load_rgb(path)
+        self._image, self._transparent = load_picture(path)
         self._pixels = np.asarray(self._image).transpose(2, 0, 1)
         self.height, self.width = self._pixels.shape[1:]
 
@@ -109,8 +123,15 @@ class Picture:
         y, x = window.y, window.x
         return self._pixels[:, y : y + window.height, x : x + window.width]
 
-    def valid(self, window: Window) -> None:
-        """Every pixel of a picture is data."""
+    colours = read
+
+    def valid(self, window: Window) -> NDArray[np.bool_] | None:
+        """Every pixel of a picture is data but those that are transparent."""
+        if self._transparent is None:
+            return None
+        y, x = window.y, window.x
+        found = ~self._transparent[y : y + window.height, x : x + window.width]
+        return None if found.all() else found
 
     @contextmanager
     def create(
@@ -139,40 +160,57 @@ class Picture:
 class Raster:
     """An open rasterio dataset; maps become cloud-optimised GeoTIFFs on the same grid."""
 
-    def __init__(self, path: Path, source: Any, scale: float = 1.0) -> None:
-        from rasterio.enums import MaskFlags, Resampling
+    def __init__(self, path: Path, source: Any, spec: Imagery, scale: float = 1.0) -> None:
+        from rasterio.enums import Resampling
 
-        self.path, self._source = path, source
+        self.path, self._source, self._spec = path, source, spec
+        self._raster = rasters.Raster(path, source, spec)
+        check_type(self._raster.dtype, spec, path)
         self.height = max(round(source.height * scale), 1)
         self.width = max(round(source.width * scale), 1)
         self._down, self._across = source.height / self.height, source.width / self.width
         self._resampling = Resampling.average if scale < 1 else Resampling.bilinear
-        kinds = set(source.dtypes[: min(source.count, 3)])
-        if kinds != {"uint8"} or source.count == 2:
-            found = f"{source.count} bands of {', '.join(sorted(kinds))}"
-            raise DataError(f"{path}: expected 1 or at least 3 bands of uint8, found {found}")
-        self._bands = [1, 2, 3] if source.count >= 3 else [1, 1, 1]
-        self._complete = all(flags == [MaskFlags.all_valid] for flags in source.mask_flag_enums)
+        if self._raster.palette is not None:  # numbers of colours cannot be averaged
+            self._resampling = Resampling.nearest
 
-    def read(self, window: Window) -> NDArray[np.uint8]:
+    def read(self, window: Window) -> NDArray:
         """See `Scene`."""
-        box, shape = self._box(window)
-        return self._reading(
-            lambda: self._source.read(
-                self._bands,
-                window=box,
-                out_shape=(len(self._bands), *shape),
-                resampling=self._resampling,
-            )
-        )
+        values, valid = self._values(window)
+        return stretched(values, valid, self._spec.statistics)
+
+    def colours(self, window: Window) -> NDArray[np.uint8]:
+        """See `Scene`."""
+        return as_bytes(self.read(window))[list(self._spec.display_channels)]
 
     def valid(self, window: Window) -> NDArray[np.bool_] | None:
-        """From the nodata value, the mask band or the alpha band."""
-        if self._complete:
+        """From the nodata value, the mask band, the alpha band, or NaN: where any band has data."""
+        if self._raster.is_complete:
             return None
-        box, shape = self._box(window)
-        found = self._reading(lambda: self._source.dataset_mask(window=box, out_shape=shape)) != 0
+        _, valid = self._values(window)
+        if valid is None:
+            return None
+        found = valid.any(0)
         return None if found.all() else found
+
+    def _values(self, window: Window) -> tuple[NDArray, NDArray[np.bool_] | None]:
+        """Numbers of the chosen bands on this scene's grid, and where each has data."""
+        from rasterio.enums import Resampling
+
+        box, shape = self._box(window)
+        raster, shape = self._raster, (len(self._raster.bands), *shape)
+        plain = shape[1:] == (box.height, box.width)
+        with rasters.reading(self.path):
+            values = self._source.read(raster.bands, window=box, out_shape=shape,
+                                       resampling=self._resampling)
+            masks = None if raster.is_complete else self._source.read_masks(
+                raster.bands, window=box, out_shape=shape)
+            # A mean of numbers says no longer which were missing: the nearest one does.
+            nearest = values if plain or raster.is_complete else self._source.read(
+                raster.bands, window=box, out_shape=shape, resampling=Resampling.nearest)
+        valid = raster.check(nearest, masks)
+        if raster.palette is not None:
+            values = raster.palette[values[0]].transpose(2, 0, 1)
+        return values, valid
 
     @contextmanager
     def create(
@@ -202,7 +240,7 @@ class Raster:
             "OVERVIEW_RESAMPLING": "AVERAGE" if palette is None else "NEAREST",
         }  # fmt: skip
         with replacing(path) as temporary, _scratch(path) as parts:
-            with _quiet(), rasterio.open(parts, "w", **profile) as target:
+            with rasters.quiet(), rasterio.open(parts, "w", **profile) as target:
                 points, points_crs = source.gcps
                 if points:
                     target.gcps = ([self._moved(point) for point in points], points_crs)
@@ -214,7 +252,7 @@ class Raster:
                     target.write(part, window=Box(left, top, part.shape[2], part.shape[1]))
 
                 yield write
-            with _quiet():
+            with rasters.quiet():
                 rasterio.shutil.copy(parts, temporary, **optimised)
 
     def _box(self, window: Window) -> tuple[Any, tuple[int, int]]:
@@ -235,15 +273,6 @@ class Raster:
             point.row / self._down, point.col / self._across, point.x, point.y, point.z
         )
 
-    def _reading(self, read: Any) -> Any:
-        from rasterio.errors import RasterioError
-
-        try:
-            return read()
-        except RasterioError as error:
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise DataError(f"{self.path}: damaged ({reason})") from error
-
 
 @contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
@@ -256,21 +285,9 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _open_raster(path: Path, scale: float = 1.0) -> Iterator[Raster]:
-    import rasterio
-    from rasterio.errors import RasterioError
-
-    if not path.is_file():
-        raise DataError(f"{path}: missing file")
-    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB):
-        try:
-            with _quiet():
-                source = rasterio.open(path)
-        except RasterioError as error:
-            reason = " ".join(str(error).split()).replace(f"'{path}' ", "")
-            raise DataError(f"{path}: damaged or not an image ({reason})") from error
-        with source:
-            yield Raster(path, source, scale)
+def _open_raster(path: Path, spec: Imagery, scale: float = 1.0) -> Iterator[Raster]:
+    with rasters.open_source(path) as source:
+        yield Raster(path, source, spec, scale)
 
 
 def read_signature(path: Path) -> str | None:
@@ -282,19 +299,9 @@ def read_signature(path: Path) -> str | None:
         return None
     try:
         if is_raster(path):
-            with _quiet(), rasterio.open(path) as found:
+            with rasters.quiet(), rasterio.open(path) as found:
                 return found.tags().get(SIGNATURE)
         with Image.open(path) as image:
             return image.info.get(SIGNATURE)
     except (RasterioError, OSError, SyntaxError, ValueError):
         return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A TIFF without georeference is fine; rasterio warns about each."""
-    from rasterio.errors import NotGeoreferencedWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield

@@ -114,8 +114,8 @@ class Trainer:
     def _setup_data(self, resume: bool) -> None:
         data = self.config.data
         use = "resume" if resume and can_resume(self.folder) else "train"
-        self.loader = choose_loader(data, self.device)
         self.spec = open_dataset(data)
+        self.loader = choose_loader(data, self.device, self.spec)
         self.config = fit_students(self.config, self.spec)
         if self.ranks.is_main:  # the first process may generate data or write a split
             self.split = open_split(data, self.spec, use)

@@ -142,7 +142,7 @@ def test_tiff_without_georeference_and_with_more_bands(tmp_path):
     with rasterio.open(path) as found:
         np.testing.assert_array_equal(found.read(1), expected(scene())[0])
     write_tif(tmp_path / "deep.tif", scene().astype(np.uint16))
-    with pytest.raises(DataError, match=r"deep\.tif: expected 1 or at least 3 bands of uint8"):
+    with pytest.raises(DataError, match=r"deep\.tif: numbers are uint16, expected uint8"):
         run([tmp_path / "deep.tif"], tmp_path / "out")
 
 

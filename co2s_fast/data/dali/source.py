@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.draws import LABELED, UNLABELED, Colour, Geometry
-from co2s_fast.data.files import Item, load_image
+from co2s_fast.data.files import Item, load_image, load_picture
 from co2s_fast.data.plan import STRONG, Plan
 from co2s_fast.data.transforms import crop_label, padding_map, source_box
 from co2s_fast.errors import DataError
@@ -55,10 +55,13 @@ def step_arrays(plan: Plan, stream: int, step: int, position: int,
     prefix = "x" if stream == LABELED else "u"
     arrays = {f"{prefix}_{key}": value for key, value in
               {"image": encoded, **geometry_arrays(geometry, height, width)}.items()}
+    transparent = _transparent(item.image, encoded)
+    ignore = padding_map(geometry) if transparent is None else crop_label(
+        np.where(transparent, np.uint8(IGNORE), np.uint8(0)), geometry)
     if label is not None:
-        arrays["y"] = crop_label(label, geometry)
+        arrays["y"] = np.maximum(crop_label(label, geometry), ignore)
         return arrays
-    arrays["ignore"] = padding_map(geometry)
+    arrays["ignore"] = ignore
     if plan.truth:
         arrays["truth"] = (
             np.full((geometry.crop, geometry.crop), IGNORE, np.uint8) if item.label is None
@@ -160,6 +163,13 @@ def encoded_image(path: Path, by_pillow: bool = False) -> tuple[NDArray, tuple[i
     height, width = pixels.shape[:2]
     head = b"P6\n%d %d\n255\n" % (width, height)
     return np.frombuffer(head + pixels.tobytes(), np.uint8), (height, width)
+
+
+def _transparent(path: Path, encoded: NDArray) -> NDArray[np.bool_] | None:
+    """Where an image has no data; one that passes as it is has no alpha."""
+    if encoded[:2].tobytes() != b"P6":
+        return None
+    return load_picture(path)[1]
 
 
 def _is_plain(content: bytes) -> bool:

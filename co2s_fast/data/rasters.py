@@ -1,0 +1,223 @@
+"""Reading raster files through rasterio, by windows: which bands, and where they have no data.
+
+A band has no data where the file's mask, its nodata value or its alpha band says so, where it
+equals `raster.nodata` of the description, and where it is NaN or infinite. A pixel has none where
+none of the chosen bands has. A file of any size is read in pieces, so memory does not grow with it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from co2s_fast.data.imagery import DTYPES, Imagery
+from co2s_fast.errors import DataError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+GDAL_CACHE_MB = 256  # of raster blocks; GDAL's own default is a share of the machine's memory
+CHOSEN = "CO2S_FAST_BANDS"
+"""Tag of a tile: the bands of its source that it holds, in order. It is read as it is."""
+
+
+def is_picture(path: Path) -> bool:
+    """Whether Pillow reads the file as a whole; all others go through rasterio."""
+    return path.suffix.lower() in PICTURES
+
+
+class Raster:
+    """An open raster and the bands of it that are the dataset's channels.
+
+    Args:
+        path: of the file.
+        source: the open rasterio dataset.
+        spec: the dataset.
+
+    Raises:
+        DataError: fewer bands than the dataset takes, or numbers of another type.
+    """
+
+    def __init__(self, path: Path, source: Any, spec: Imagery) -> None:
+        from rasterio.enums import ColorInterp, MaskFlags
+
+        self.path, self.source = path, source
+        self.width, self.height = source.width, source.height
+        self.crs, self.transform = source.crs, source.transform
+        colors = [i for i, kind in enumerate(source.colorinterp, 1) if kind != ColorInterp.alpha]
+        self.palette = _palette(source) if len(colors) == 1 and spec.bands is None else None
+        self.bands = _chosen(path, source, spec, colors)
+        self.dtype = _dtype(path, source, self.bands)
+        marks = [source.nodatavals[band - 1] for band in self.bands]
+        self._marks = [_representable((mark, spec.raster.nodata), self.dtype) for mark in marks]
+        self.nodata = next((mark.item() for marks in self._marks for mark in marks), None)
+        # Writers call a fourth band of 8 bits alpha, whatever it is; one that is chosen is data.
+        alpha_is_data = any(band not in colors for band in self.bands)
+        self._masked = not alpha_is_data and any(
+            MaskFlags.all_valid not in source.mask_flag_enums[band - 1] for band in self.bands)
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing in the file's header says that data may be missing."""
+        return not self._masked and not any(self._marks) and self.dtype != "float32"
+
+    def read(self, row: int, column: int, height: int, width: int
+             ) -> tuple[NDArray, NDArray[np.bool_] | None]:
+        """Pixels of a window in the file's number type, and where each band has data.
+
+        Args:
+            row: first row.
+            column: first column.
+            height: rows; the window must lie inside.
+            width: columns.
+
+        Returns:
+            [C, height, width], and bool of the same shape or None where all of it has data.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        from rasterio.windows import Window
+
+        window = Window(column, row, width, height)
+        with reading(self.path):
+            values = self.source.read(self.bands, window=window)
+            masks = self.source.read_masks(self.bands, window=window) if self._masked else None
+        valid = self.check(values, masks)
+        if self.palette is not None:
+            values = self.palette[values[0]].transpose(2, 0, 1)
+        return values, valid
+
+    def check(self, values: NDArray, masks: NDArray[np.uint8] | None) -> NDArray[np.bool_] | None:
+        """Where each band has data, [C, h, w]; None: everywhere."""
+        valid = np.ones(values.shape, bool) if masks is None else masks != 0
+        for band, marks in enumerate(self._marks):
+            for mark in marks:
+                valid[band] &= values[band] != mark
+        if values.dtype.kind == "f":
+            valid &= np.isfinite(values)
+        return None if valid.all() else valid
+
+
+@contextmanager
+def open_raster(path: Path, spec: Imagery) -> Iterator[Raster]:
+    """The raster, closed at the end of the block. See `Raster` for errors."""
+    with open_source(path) as source:
+        yield Raster(path, source, spec)
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[Any]:
+    """The rasterio dataset; a DataError names a file that is missing or no raster."""
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    if not path.is_file():
+        raise DataError(f"{path}: missing file")
+    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB, GDAL_TIFF_INTERNAL_MASK=True):
+        try:
+            with quiet():
+                source = rasterio.open(path)
+        except RasterioError as error:
+            reason = " ".join(str(error).split()).replace(f"'{path}' ", "")
+            raise DataError(f"{path}: damaged or not an image ({reason})") from error
+        with source:
+            yield source
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an error of GDAL into a DataError that names the file."""
+    from rasterio.errors import RasterioError
+
+    try:
+        yield
+    except RasterioError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{path}: damaged ({reason})") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A TIFF without georeference is fine; rasterio warns about each."""
+    from rasterio.errors import NotGeoreferencedWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+def placed(transform: Any, row: int = 0, column: int = 0, down: float = 1, across: float = 1
+           ) -> Any:
+    """The transform of a grid that begins at a pixel and has pixels of `down` x `across`."""
+    from affine import Affine
+
+    a, b, c, d, e, f = transform[:6]
+    return Affine(a * across, b * down, a * column + b * row + c,
+                  d * across, e * down, d * column + e * row + f)
+
+
+def ground(transform: Any, row: int, column: int, height: int, width: int
+           ) -> tuple[float, float, float, float]:
+    """(left, bottom, right, top) of a window in the raster's coordinates."""
+    a, b, c, d, e, f = transform[:6]
+    corners = [(a * x + b * y + c, d * x + e * y + f)
+               for x in (column, column + width) for y in (row, row + height)]
+    xs, ys = zip(*corners, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _representable(marks: Sequence[float | None], dtype: str) -> list[Any]:
+    """Nodata values as numbers of a type; those that the type cannot have never occur."""
+    kind = np.dtype(dtype)
+    numbers = [mark for mark in marks if mark is not None and not np.isnan(mark)]
+    if kind.kind == "f":
+        return [kind.type(mark) for mark in numbers]
+    limits = np.iinfo(kind)
+    return [kind.type(mark) for mark in numbers
+            if mark == int(mark) and limits.min <= mark <= limits.max]
+
+
+def _chosen(path: Path, source: Any, spec: Imagery, colors: Sequence[int]) -> list[int]:
+    """The bands of a file, counted from 1, that are the dataset's channels."""
+    count, made_from = source.count, source.tags().get(CHOSEN)
+    if made_from is not None:
+        if count < spec.channels:
+            raise DataError(f"{path}: a tile of {count} bands ({made_from}), the dataset takes "
+                            f"{spec.channels}")
+        return list(range(1, spec.channels + 1))
+    if spec.bands is not None:
+        if max(spec.bands) > count:
+            raise DataError(f"{path}: has {count} bands, expected at least {max(spec.bands)} for "
+                            f"bands {', '.join(map(str, spec.bands))}")
+        return list(spec.bands)
+    if len(colors) == 1:
+        return list(colors) * 3
+    if len(colors) < 3:
+        raise DataError(f"{path}: has {len(colors)} bands, expected 1 or at least 3; `bands` says "
+                        "which to take")
+    return list(colors[:3])
+
+
+def _dtype(path: Path, source: Any, bands: Sequence[int]) -> str:
+    kinds = {source.dtypes[band - 1] for band in bands}
+    if len(kinds) > 1 or not kinds <= set(DTYPES):
+        raise DataError(f"{path}: bands of {', '.join(sorted(kinds))}, expected one of "
+                        f"{', '.join(DTYPES)} for all")
+    return kinds.pop()
+
+
+def _palette(source: Any) -> NDArray[np.uint8] | None:
+    """Colours [256, 3] of a paletted raster."""
+    from rasterio.enums import ColorInterp
+
+    if source.colorinterp[0] != ColorInterp.palette or source.dtypes[0] != "uint8":
+        return None
+    table = np.zeros((256, 3), np.uint8)
+    for value, color in source.colormap(1).items():
+        table[value] = color[:3]
+    return table

@@ -1,0 +1,153 @@
+"""Writing tiles: 8-bit colour as pictures, all else as GeoTIFFs in the number type they came in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from co2s_fast.data.catalogue import DatasetSpec, TileSpec
+from co2s_fast.data.files import replacing, save_image
+from co2s_fast.data.pairing import Source
+from co2s_fast.data.rasters import CHOSEN, Raster, placed, quiet
+from co2s_fast.data.raw import Piece, RawImage, RawPicture, RawRaster
+
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tile lies: its corner and place in the grid, and its part inside the image."""
+
+    y: int
+    x: int
+    row: int
+    column: int
+    height: int
+    width: int
+
+
+class TileWriter:
+    """Writes the tiles of a dataset.
+
+    Args:
+        spec: the dataset.
+        dtype: number type of GeoTIFF tiles; None: pictures.
+    """
+
+    def __init__(self, spec: DatasetSpec, dtype: str | None) -> None:
+        self.spec, self.dtype = spec, dtype
+
+    def suffix(self, source: Source, image: RawImage, tile: TileSpec) -> str:
+        """Ending of the image files that an image's tiles go to."""
+        if self.dtype is not None:
+            return ".tif"
+        if self.is_copied(image, tile):
+            return source.image.suffix.lower()
+        return f".{tile.format}"
+
+    def is_copied(self, image: RawImage, tile: TileSpec) -> bool:
+        """Not a pixel changes, so the file need not be encoded anew."""
+        if self.dtype is not None or tile.size is not None or tile.scale != 1:
+            return False
+        plain = isinstance(image, RawRaster) and (
+            image.raster.is_complete and image.raster.palette is None and self.spec.bands is None)
+        return plain or isinstance(image, RawPicture)
+
+    def image(self, path: Path, piece: Piece, source: Source, image: RawImage, place: Place,
+              tile: TileSpec) -> Callable[[], None]:
+        """What writes the image file of a tile when it is called, in any thread."""
+        if self.is_copied(image, tile):
+            return partial(_copy, source.image, path)
+        height, width = (tile.size or place.height), (tile.size or place.width)
+        if self.dtype is None:
+            return partial(save_image, path, picture(piece, height, width))
+        return partial(save_raster, path, *self._raster(piece, image, place, height, width))
+
+    def _raster(self, piece: Piece, image: RawRaster, place: Place, height: int, width: int
+                ) -> tuple[NDArray, NDArray[np.bool_] | None, dict[str, Any], dict[str, str]]:
+        """Bands, where there is data, profile and tags of a GeoTIFF tile."""
+        raster: Raster = image.raster
+        pixels, valid, tags = piece.pixels, piece.valid, {}
+        if self.spec.bands is None and len(set(raster.bands)) == 1:
+            pixels, valid = pixels[:1], None if valid is None else valid[:1]  # grey: kept once
+        else:
+            tags[CHOSEN] = ",".join(map(str, raster.bands))
+        if pixels.shape[1:] != (height, width):
+            pixels, valid = _padded(pixels, valid, height, width)
+        nodata = raster.nodata
+        if nodata is None and pixels.dtype.kind == "f":
+            nodata = float("nan")
+        profile = {"nodata": nodata}
+        if raster.crs and not raster.transform.is_identity:
+            profile |= {"crs": raster.crs, "transform": placed(image.transform, place.y, place.x)}
+        return pixels, valid, profile, tags
+
+
+def picture(piece: Piece, height: int, width: int) -> NDArray[np.uint8]:
+    """Pixels [height, width, 3] of a tile, 0 in the padding; 4 where some have no data."""
+    pixels = piece.pixels.transpose(1, 2, 0)
+    if piece.valid is not None and not piece.valid.any(0).all():
+        alpha = np.where(piece.valid.any(0), np.uint8(255), np.uint8(0))
+        pixels = np.concatenate([pixels, alpha[..., None]], 2)
+    if pixels.shape[:2] == (height, width):
+        return np.ascontiguousarray(pixels)
+    out = np.zeros((height, width, pixels.shape[2]), np.uint8)
+    out[: pixels.shape[0], : pixels.shape[1]] = pixels
+    return out
+
+
+def save_raster(path: Path, pixels: NDArray, valid: NDArray[np.bool_] | None,
+                profile: dict[str, Any], tags: dict[str, str]) -> None:
+    """Write a compressed GeoTIFF, atomically.
+
+    Where a band has no data it holds the nodata value; without one, a mask says where no band has.
+
+    Args:
+        path: of the file.
+        pixels: [C, H, W].
+        valid: where each band has data; None: everywhere.
+        profile: nodata, and crs and transform where there are any.
+        tags: metadata.
+    """
+    import rasterio
+
+    nodata = profile["nodata"]
+    if valid is not None:
+        fill = np.asarray(0 if nodata is None else nodata).astype(pixels.dtype)
+        pixels = np.where(valid, pixels, fill)
+    bands, height, width = pixels.shape
+    profile = {
+        "driver": "GTiff", "dtype": pixels.dtype.name, "count": bands, "height": height,
+        "width": width, "compress": "deflate", "predictor": 3 if pixels.dtype.kind == "f" else 2,
+        "zlevel": 1, "interleave": "band", "photometric": "MINISBLACK", "alpha": "NO", **profile,
+    }  # fmt: skip
+    if min(height, width) >= _BLOCK:
+        profile |= {"tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK}
+    with replacing(path) as temporary, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), quiet():
+        with rasterio.open(temporary, "w", **profile) as target:
+            target.write(pixels)
+            target.update_tags(**tags)
+            if valid is not None and nodata is None and not valid.any(0).all():
+                target.write_mask(valid.any(0))
+
+
+def _padded(pixels: NDArray, valid: NDArray[np.bool_] | None, height: int, width: int
+            ) -> tuple[NDArray, NDArray[np.bool_]]:
+    """Padding has no data."""
+    shape = (len(pixels), height, width)
+    out, known = np.zeros(shape, pixels.dtype), np.zeros(shape, bool)
+    window = np.s_[:, : pixels.shape[1], : pixels.shape[2]]
+    out[window], known[window] = pixels, True if valid is None else valid
+    return out, known
+
+
+def _copy(source: Path, path: Path) -> None:
+    with replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
