@@ -399,8 +399,8 @@ def list_datasets() -> None:
 @click.argument("dataset")
 @click.option("--raw", type=PATH, help="Folder with the raw release or your own files.")
 @click.option("--out", type=PATH, required=True, help="Folder for images/, labels/, dataset.yaml.")
-@click.option("--bands", metavar="4,3,2", help="Bands of the rasters that make the channels, counted "
-              "from 1, in place of `bands` in the description.")
+@click.option("--bands", metavar="4,3,2", help="Bands of the rasters that make the channels, "
+              "counted from 1, in place of `bands` in the description.")
 @click.option("--stretch", type=click.Choice(["auto", "percentile", "minmax", "none"]),
               help="How numbers become [0, 1], in place of `raster.stretch` in the description.")
 @one_line_errors
