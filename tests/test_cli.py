@@ -71,7 +71,9 @@ def test_help_imports_no_torch() -> None:
 
 @pytest.mark.parametrize(
     "command", [(), ("train",), ("eval",), ("predict",), ("report",), ("compare",), ("doctor",),
-                ("data",), ("data", "prepare"), ("data", "split"), ("data", "check")]
+                ("data",), ("data", "prepare"), ("data", "split"), ("data", "check"),
+                ("weights", "list"), ("weights", "fetch"), ("weights", "import"),
+                ("weights", "verify")]
 )  # fmt: skip
 def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
     result = call(*command, "--help")

@@ -29,6 +29,7 @@ def diagnose() -> str:
         ("packages", package_lines()),
         ("gpus", gpu_lines()),
         ("native module", native_lines()),
+        ("weights", weight_lines()),
         ("backends of the fused losses", backend_lines()),
     ]
     texts = [f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections]
@@ -92,6 +93,19 @@ def native_lines() -> list[str]:
     if record.is_file():
         return [f"{key}: {value}" for key, value in json.loads(record.read_text()).items()]
     return ["not built; with a C++ compiler: pip install --no-build-isolation --no-deps -e ."]
+
+
+def weight_lines() -> list[str]:
+    from co2s_fast.models.weights.registry import REGISTRY
+    from co2s_fast.models.weights.store import folder, locate
+    from co2s_fast.offline import VARIABLE, is_offline
+
+    here = [name for name, entry in REGISTRY.items() if locate(entry) is not None]
+    return [
+        f"looked for in {folder()} and Hugging Face's cache",
+        f"on this machine: {', '.join(here) or 'none; co2s-fast weights fetch NAME'}",
+        f"{VARIABLE} is set: nothing is fetched" if is_offline() else "fetched where missing",
+    ]
 
 
 def backend_lines() -> list[str]:

@@ -157,7 +157,8 @@ def test_unknown_names_and_kinds():
         settings("clip", "mae")
 
 
-def test_recipes_keep_what_is_not_of_the_model():
+def test_recipes_keep_what_is_not_of_the_model(monkeypatch):
+    monkeypatch.setattr(store, "locate", lambda entry: Path("here"))
     recipe = {"seed": 1, "students": {
         "clip": {"backbone": "clip", "model": "x", "weights": "y", "trainable": "full"},
         "ssm": {"backbone": "timm", "model": "tiny-ssm", "stem": "conv", "feature_dropout": 0.1},
@@ -282,6 +283,15 @@ def test_offline_is_an_option_of_every_command_that_loads(monkeypatch, places):
     config = StudentConfig(backbone="timm", model="vit_tiny_patch16_224", weights="augreg_in21k")
     with pytest.raises(DataError, match=r"weights 'augreg_in21k' of vit_tiny_patch16_224"):
         build_student(config, [SimpleNamespace(name="a", concepts=[])], seed=0)
+
+
+def test_training_finds_out_before_it_prepares_data(offline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("train", "--dataset", "demo", "--ssm", "mae")
+    assert result.exit_code == 1
+    assert "weights fetch mae" in result.output
+    assert not (tmp_path / "data").exists()
+    assert "nothing is fetched" in call("doctor").output
 
 
 def test_what_no_program_can_fetch():

@@ -11,6 +11,7 @@ from co2s_fast.models.inflate import NORMALIZATION
 from co2s_fast.models.weights.convert import describe
 from co2s_fast.models.weights.files import is_file_name
 from co2s_fast.models.weights.registry import Kind, entry_named
+from co2s_fast.models.weights.store import require
 
 BACKBONES = {"clip": "clip", "ssm": "timm"}
 
@@ -31,7 +32,7 @@ def students_for(clip: Sequence[str], ssm: Sequence[str]) -> dict[str, dict[str,
         Student name -> settings of `StudentConfig`, None for a student that goes.
 
     Raises:
-        UsageError: more than two. UsageError, DataError: see `settings`.
+        UsageError: more than two. UsageError, DataError: see `settings` and `require`.
     """
     if len(clip) + len(ssm) > 2:
         raise UsageError(
@@ -40,6 +41,8 @@ def students_for(clip: Sequence[str], ssm: Sequence[str]) -> dict[str, dict[str,
     chosen: dict[str, dict[str, Any] | None] = {}
     for kind, other, given in (("clip", "ssm", clip), ("ssm", "clip", ssm)):
         for number, value in enumerate(given, 1):
+            if not is_file_name(value):
+                require(entry_named(value, kind))  # before data is prepared for nothing
             chosen[kind if number == 1 else f"{kind}{number}"] = settings(kind, value)
         if len(given) == 2:
             chosen[other] = None

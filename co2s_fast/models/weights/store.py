@@ -83,14 +83,26 @@ def fetch(entry: WeightEntry, out: Path | None = None) -> Path:
     return path
 
 
-def _download(entry: WeightEntry) -> Path:
+def require(entry: WeightEntry) -> None:
+    """Make sure that the entry's file is here or can be asked for; asks for nothing itself.
+
+    Raises:
+        UsageError: it is not here, and no program can fetch it.
+        DataError: it is not here, and it is offline.
+    """
+    if locate(entry) is not None:
+        return
     if entry.url is None and entry.hub is None:
         raise UsageError(
-            f"weights {entry.name}: no program can fetch them; {entry.origin}: {entry.manual}; "
-            f"then co2s-fast weights import FILE --as {entry.name}"
+            f"weights {entry.name}: not on this machine, and no program can fetch them; "
+            f"{entry.origin}: {entry.manual}; then co2s-fast weights import FILE --as {entry.name}"
         )
     if is_offline():
         raise DataError(missing(entry))
+
+
+def _download(entry: WeightEntry) -> Path:
+    require(entry)
     try:
         if entry.hub is not None:
             return _from_hub(entry)
