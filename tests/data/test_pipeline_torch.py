@@ -93,6 +93,10 @@ def test_a_second_augmentation_of_the_same_images(load):
             parts = [getattr(p, name).chunk(2)[half] for half in (0, 1) for p in (first, second)]
             assert torch.equal(both, torch.cat(parts)), name
         assert not any(torch.equal(double.w[i], double.w[i + 4]) for i in range(4))
+    there = load(0, 1, views=views, strong_on_device=True)[0]
+    here = load(0, 1, views=views)[0]
+    assert torch.equal(there.w, here.w) and torch.equal(there.boxes2, here.boxes2)
+    assert (there.s2.float() - here.s2.float()).abs().mean() < 2
 
 
 def test_two_ranks_together_are_one_process(load):
