@@ -17,13 +17,15 @@ from co2s_fast.models.attention_maps import attention_maps
 from co2s_fast.report import draw_attention
 
 
-@pytest.fixture
-def run(run_content):
-    content = run_content()
-    content["students"]["clip"] = content["students"]["clip"] | {
-        "overrides": {"vision_cfg": {"layers": 2, "width": 64}, "embed_dim": 64}, "levels": [2],
-    }  # fmt: skip
-    return untrained_run(content)
+@pytest.fixture(scope="module")
+def run(stripes, tiny_students, tmp_path_factory):
+    deeper = {"overrides": {"vision_cfg": {"layers": 2, "width": 64}, "embed_dim": 64}}
+    students = tiny_students | {"clip": tiny_students["clip"] | deeper | {"levels": [2]}}
+    return untrained_run({
+        "data": {"dataset": str(stripes / "stripes.yaml"), "root": str(stripes)},
+        "students": students, "method": {"name": "co2s"}, "train": {"steps": 1},
+        "out": str(tmp_path_factory.mktemp("attention") / "run"),
+    })  # fmt: skip
 
 
 @pytest.fixture
