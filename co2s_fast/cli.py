@@ -240,8 +240,9 @@ def predict(run: Path, images: tuple[str, ...], **options: Any) -> None:
 def export(run: Path, **options: Any) -> None:
     """Write the students as one ONNX or torch.export file, and compare it with the run.
 
-    The file takes uint8 images [batch, channels, tile, tile] in any number; normalisation,
-    upsampling and fusion are inside. It appears only if it predicts what the run predicts.
+    The file takes uint8 images [batch, channels, tile, tile] in any number, or the numbers of
+    stretched rasters as float32; stretch, normalisation, upsampling and fusion are inside. It
+    appears only if it predicts what the run predicts.
     """
     from co2s_fast.engine.export import export_run
 

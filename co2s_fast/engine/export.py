@@ -40,9 +40,10 @@ def export_run(
 ) -> str:
     """Write one student, or both fused, as one graph and compare it with the run.
 
-    The graph takes images as they are (normalisation, upsampling and fusion are inside), of one
-    size and in any number. It is written under a temporary name, run on tiles of validation images
-    beside the run itself, and takes its name only if both say the same.
+    The graph takes images as they are (normalisation, upsampling and fusion are inside; the stretch
+    of rasters, too, whose numbers it takes as float32), of one size and in any number. It is
+    written under a temporary name, run on tiles of validation images beside the run itself, and
+    takes its name only if both say the same.
 
     Args:
         run: the run folder.
@@ -72,12 +73,13 @@ def export_run(
     metadata = describe(run, config, spec, students, checkpoint, tile, output)
     if format == "onnx":
         metadata["opset"] = opset
-    like = example(students, tile)
+    stretch = stretch_of(spec)
+    like = example(students, tile, spec)
     tiles, source = sample_tiles(config.data, spec, like, tile)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
         temporary = Path(folder) / target.name
         say(f"export: tracing {' and '.join(students)} at {tile} x {tile}")
-        fused = formats.FusedStudents(students, tile, output).eval().requires_grad_(False)
+        fused = formats.FusedStudents(students, tile, output, stretch).eval().requires_grad_(False)
         program = formats.trace(fused, like)
         say(f"export: writing {format}")
         if format == "onnx":
@@ -86,7 +88,7 @@ def export_run(
         else:
             formats.write_pt2(program, temporary, metadata)
             runner = formats.run_pt2(temporary)
-        found = compare(runner, students, tiles, source, tolerance)
+        found = compare(runner, students, tiles, source, tolerance, stretch)
         if not found.passed:
             raise DataError(f"export: {target} is not written, it would differ from the run: "
                             f"{found}")  # fmt: skip
@@ -96,10 +98,18 @@ def export_run(
     return f"{found}\n{_summary(target, metadata)}"
 
 
-def example(students: Mapping[str, Student], tile: int) -> Tensor:
-    """A batch of two images of the channels and dtype that the students take."""
-    channels = len(next(iter(students.values())).mean)
-    return torch.zeros(2, channels, tile, tile, dtype=torch.uint8)
+def stretch_of(spec: DatasetSpec) -> formats.Stretch | None:
+    """What the file does to raw numbers; None where the dataset's images are bytes and stay so."""
+    if spec.statistics is None or spec.statistics.as_bytes:
+        return None
+    return formats.Stretch(spec.statistics.low, spec.statistics.high)
+
+
+def example(students: Mapping[str, Student], tile: int, spec: DatasetSpec) -> Tensor:
+    """A batch of two images of the channels and dtype that the file takes."""
+    channels = next(iter(students.values())).channels
+    dtype = torch.uint8 if stretch_of(spec) is None else torch.float32
+    return torch.zeros(2, channels, tile, tile, dtype=dtype)
 
 
 def describe(
@@ -118,6 +128,7 @@ def describe(
     """
     rule = config.data.scale or spec.scale
     any_student = next(iter(students.values()))
+    stretch = stretch_of(spec)
     return {
         "producer": f"co2s-fast {__version__}",
         "dataset": spec.name,
@@ -126,8 +137,13 @@ def describe(
         "students": list(students),
         "outputs": list(formats.OUTPUTS[output]),
         "tile": tile,
-        "channels": len(any_student.mean),
-        "dtype": "uint8",
+        "channels": any_student.channels,
+        "bands": spec.bands or [1, 2, 3],
+        "dtype": "uint8" if stretch is None else "float32",
+        "stretch": None if stretch is None else {
+            "inside": True, "of": spec.statistics.dtype, "low": spec.statistics.low,
+            "high": spec.statistics.high, "nodata": "NaN",
+        },
         "scale": spec.tile.scale,
         "short_side": None if rule == "native" else min(rule),
         "normalisation": {

@@ -15,7 +15,7 @@ from co2s_fast.data import open_split, val_dataset
 from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.config import DataConfig
 from co2s_fast.data.splits import candidate_roots
-from co2s_fast.engine.export_formats import Runner
+from co2s_fast.engine.export_formats import Runner, Stretch
 from co2s_fast.engine.inference import EvalConfig, evaluating, fuse, image_logits
 from co2s_fast.engine.log import say
 from co2s_fast.errors import DataError, UsageError
@@ -59,13 +59,23 @@ class Comparison:
 
 
 def compare(
-    runner: Runner, students: Mapping[str, nn.Module], tiles: Tensor, source: str, tolerance: float
-) -> Comparison:
-    """Put tiles [N, C, T, T] through an exported file and through the students of the run."""
+    runner: Runner, students: Mapping[str, nn.Module], tiles: Tensor, source: str,
+    tolerance: float, stretch: Stretch | None = None,
+) -> Comparison:  # fmt: skip
+    """Put tiles through an exported file and through the students of the run.
+
+    Args:
+        runner: of the file.
+        students: of the run.
+        tiles: [N, C, T, T] as the students take them.
+        source: what they show.
+        tolerance: largest difference of a probability that passes.
+        stretch: what the file does first: it gets the tiles in the rasters' numbers.
+    """
     differences, differing = [], []
     for part in tiles.split(list(BATCHES)):
         expected = reference(students, part)
-        found = runner(part.numpy())
+        found = runner((part if stretch is None else stretch.undo(part)).numpy())
         if len(found) == 1:
             differences.append(np.abs(found[0] - expected).max())
             differing.append(found[0].argmax(1) != expected.argmax(1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,29 @@ EXTRA_FILE = "co2s_fast.json"
 OPSET = 18
 
 
+class Stretch(nn.Module):
+    """Raw numbers of rasters to the students' [0, 1]: `(x - low) / (high - low)`, cut off.
+
+    Args:
+        low: raw value of each channel that becomes 0.
+        high: that becomes 1.
+    """
+
+    def __init__(self, low: Sequence[float], high: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor(low).view(-1, 1, 1))
+        self.register_buffer("range", torch.tensor(high).view(-1, 1, 1) - self.low)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, C, H, W]; NaN, which means no data, becomes 0 as in training."""
+        shares = (images - self.low) / self.range
+        return torch.where(shares.isnan(), 0.0, shares.clamp(0, 1))
+
+    def undo(self, shares: Tensor) -> Tensor:
+        """Raw numbers of images in [0, 1]."""
+        return shares * self.range + self.low
+
+
 class FusedStudents(nn.Module):
     """Students, normalisation, upsampling and fusion in one graph of a fixed size.
 
@@ -36,17 +59,26 @@ class FusedStudents(nn.Module):
         tile: height and width of the images in pixels.
         output: "probabilities" gives float32 [B, K, tile, tile]; "labels" gives classes uint8 and
             their probabilities float32, each [B, tile, tile].
+        stretch: goes first; None: the students take the images as they are.
     """
 
-    def __init__(self, students: Mapping[str, nn.Module], tile: int, output: Output) -> None:
+    def __init__(
+        self,
+        students: Mapping[str, nn.Module],
+        tile: int,
+        output: Output,
+        stretch: Stretch | None = None,
+    ) -> None:
         super().__init__()
+        self.stretch = stretch
         self.students = nn.ModuleDict(students)
         self.tile = tile
         self.output = output
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, C, tile, tile] as the students take them, not normalised."""
+        """Images [B, C, tile, tile]: uint8, or with a stretch the rasters' numbers as float32."""
         tile = self.tile
+        images = images if self.stretch is None else self.stretch(images)
         logits = [
             upsample(student(images), tile, tile, student.pads_to)
             for student in self.students.values()

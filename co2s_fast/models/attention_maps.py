@@ -136,6 +136,11 @@ def _record_clip(
     backbone: ClipBackbone, keep: Keep, found: dict[int, Tensor], stack: ExitStack
 ) -> None:
     visual = backbone.visual
+    if not all(isinstance(b.attn, nn.MultiheadAttention) for b in visual.transformer.resblocks):
+        raise UsageError(
+            "attention with low-rank adapters tells no weights: merge them first "
+            "(Student.merge_adapters)"
+        )
     *ordinary, last = visual.transformer.resblocks
     wanted = {"need_weights": True, "average_attn_weights": False}
 

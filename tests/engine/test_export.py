@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 import untrained
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 
 from co2s_fast.cli import main
 from co2s_fast.data.catalogue import load_dataset
 from co2s_fast.engine import export_formats as formats
+from co2s_fast.engine.bands import fit_students
+from co2s_fast.engine.config import RunConfig
 from co2s_fast.engine.export import FOLDER, example, export_run
+from co2s_fast.engine.export import describe as describe_export
 from co2s_fast.engine.export_check import BATCHES, reference, sample_tiles
 from co2s_fast.engine.inference import EvalConfig
 from co2s_fast.engine.prediction import predict
@@ -137,6 +141,38 @@ def test_pt2_of_one_student(tiny, tmp_path) -> None:
         assert (labels.numpy() == expected.argmax(1)).mean() > 0.999
 
 
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_rasters_of_four_bands_are_stretched_inside(tiny_students, tmp_path, format) -> None:
+    """The file takes a raster's own numbers, NaN where there is no data."""
+    statistics = {"dtype": "uint16", "low": [0, 100, 200, 50], "high": [1000, 900, 4000, 8000],
+                  "mean": [0.3, 0.4, 0.5, 0.2], "std": [0.1, 0.2, 0.3, 0.1]}  # fmt: skip
+    classes = [{"name": n, "color": c} for n, c in zip(NAMES, COLORS, strict=True)]
+    description = {"name": "four", "crop": 32, "classes": classes, "bands": [2, 3, 4, 8],
+                   "display": [4, 3, 2], "statistics": statistics}  # fmt: skip
+    (tmp_path / "four.yaml").write_text(yaml.safe_dump(description))
+    spec = load_dataset(tmp_path / "four.yaml")
+    content = {"data": {"dataset": str(tmp_path / "four.yaml")}, "students": tiny_students,
+               "method": {"name": "co2s"}, "train": {"steps": 1}}  # fmt: skip
+    content = fit_students(RunConfig.model_validate(content), spec).model_dump()
+    run = run_of(content, tmp_path)
+    printed = export_run(run, format=format, student="ssm")
+    path = Path(printed.splitlines()[-1])
+    assert "images float32 [batch, 4, 32, 32]" in printed
+    _, _, students = load_run(run)
+    raw = torch.randint(0, 9000, (2, 4, 32, 32), generator=torch.Generator().manual_seed(0)).float()
+    low, high = (torch.tensor(statistics[k])[:, None, None] for k in ("low", "high"))
+    shares = ((raw - low) / (high - low)).clamp(0, 1)
+    raw[0, 2, :5] = float("nan")
+    shares[0, 2, :5] = 0
+    runner = formats.run_onnx(path) if format == "onnx" else formats.run_pt2(path)
+    found = torch.from_numpy(runner(raw.numpy())[0])
+    expected = reference({"ssm": students["ssm"]}, shares)
+    torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-4, rtol=0)
+    about = describe_export(run, *load_run(run), "best", 32, "probabilities")
+    assert about["bands"] == [2, 3, 4, 8] and about["channels"] == 4
+    assert about["stretch"]["low"] == statistics["low"]
+
+
 def test_a_file_that_differs_is_not_left(tiny, tmp_path, monkeypatch) -> None:
     out = tmp_path / "a.pt2"
     out.write_bytes(b"the former file")
@@ -181,7 +217,7 @@ def test_refusals(tiny, tmp_path, monkeypatch) -> None:
 
 def test_tiles_without_the_runs_data(tiny, stripes, tmp_path, capsys) -> None:
     config, spec, students = load_run(tiny)
-    like = example(students, 24)
+    like = example(students, 24, load_run(tiny)[1])
     tiles, source = sample_tiles(config.data, spec, like, 24)
     assert (tiles.shape, tiles.dtype) == ((sum(BATCHES), 3, 24, 24), torch.uint8)
     assert "validation" in source
