@@ -5,30 +5,17 @@ Imports of the engine are made inside the commands, so that `--help` answers at 
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from co2s_fast.errors import DataError, UsageError
+from co2s_fast.cli_shared import PATH, offline_option, one_line_errors
+from co2s_fast.cli_weights import weights
+from co2s_fast.errors import DataError
 from co2s_fast.version import __version__
 
-PATH = click.Path(path_type=Path)
-
-
-def set_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    """Callback of `--offline`, before anything that could open a connection is imported."""
-    if value:
-        from co2s_fast.offline import go_offline
-
-        go_offline()
-
-
-offline_option = click.option("--offline", is_flag=True, expose_value=False, is_eager=True,
-                              callback=set_offline, help="Open no connection; as HF_HUB_OFFLINE=1.")
 checkpoint_option = click.option("--checkpoint", type=click.Choice(["best", "last"]),
                                  default="best", show_default=True)  # fmt: skip
 
@@ -36,30 +23,16 @@ checkpoint_option = click.option("--checkpoint", type=click.Choice(["best", "las
 PROFILES = ["official", "official-infer", "official-train"]
 
 
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn our two kinds of error into one line on stderr and their exit code."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (UsageError, DataError) as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-
-    return run
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="co2s-fast")
 def main() -> None:
-    r"""Train, evaluate and apply two-student semi-supervised segmentation of imagery.
+    """Train, evaluate and apply two-student semi-supervised segmentation of imagery.
 
-    
+    \b
     co2s-fast train --dataset demo                      a first run, on the CPU, no download
     co2s-fast train --dataset potsdam --ratio 1/32      a paper experiment
     co2s-fast train --dataset mine.yaml --labels 20     your own folder of imagery
-    """
+    """  # noqa: D301, click's mark for lines as they are
 
 
 @main.command()
@@ -100,14 +73,14 @@ def main() -> None:
 @offline_option
 @one_line_errors
 def train(**options: Any) -> None:
-    r"""Train both students and write a run folder, with an evaluation and a report at the end.
+    """Train both students and write a run folder, with an evaluation and a report at the end.
 
     \b
     co2s-fast train --dataset demo --out runs/demo
     co2s-fast train --dataset potsdam --ratio 1/32 --data-root data/potsdam
     co2s-fast train --dataset whdld --ratio 1/24 --clip clip-openai --ssm mae
     torchrun --nproc-per-node=2 -m co2s_fast train --dataset potsdam --ratio 1/32
-    """
+    """  # noqa: D301, click's mark for lines as they are
     from co2s_fast.engine.launch import evaluate_run, train_from_options
     from co2s_fast.report import write_report
 
@@ -128,14 +101,15 @@ def train(**options: Any) -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Change one configuration value, e.g. --set pretrain.steps=500. Repeatable.")
 @click.option("--out", type=PATH, required=True, help="Folder for the weights.")
+@offline_option
 @one_line_errors
 def pretrain(**options: Any) -> None:
-    r"""Pretrain students that start from random weights, on the training images, without labels.
+    """Pretrain students that start from random weights, on the training images, without labels.
 
     \b
     co2s-fast pretrain --dataset mine.yaml --labels 20 --out weights/mine
     co2s-fast train --dataset mine.yaml --labels 20 --pretrained weights/mine
-    """
+    """  # noqa: D301, click's mark for lines as they are
     from co2s_fast.engine.launch import pretrain_from_options
 
     for path in pretrain_from_options(**options):
@@ -155,12 +129,12 @@ def pretrain(**options: Any) -> None:
 def import_checkpoint(
     checkpoints: tuple[Path, ...], dataset: str, out: Path, compat: str, **options: Any
 ) -> None:
-    r"""Turn the released Co2S checkpoints into a run that eval, predict and train take.
+    """Turn the released Co2S checkpoints into a run that eval, predict and train take.
 
     \b
     co2s-fast import-checkpoint best_clip.pth best_dinov3.pth --dataset potsdam -o runs/released
     co2s-fast eval runs/released
-    """
+    """  # noqa: D301, click's mark for lines as they are
     from co2s_fast.engine.imported import import_checkpoints
     from co2s_fast.engine.launch import nested_options
 
@@ -205,7 +179,7 @@ def evaluate(run: Path, **options: Any) -> None:
 @offline_option
 @one_line_errors
 def predict(run: Path, images: tuple[str, ...], **options: Any) -> None:
-    r"""Write a class map for every image: PNG for PNG and JPEG, GeoTIFF for GeoTIFF.
+    """Write a class map for every image: PNG for PNG and JPEG, GeoTIFF for GeoTIFF.
 
     A GeoTIFF of any size passes through in windows; its map is a cloud-optimised GeoTIFF over the
     same ground. Given again after a stop, the command goes on with what is missing.
@@ -213,7 +187,7 @@ def predict(run: Path, images: tuple[str, ...], **options: Any) -> None:
     \b
     co2s-fast predict runs/mine scene.tif -o maps --confidence --polygons
     co2s-fast predict runs/mine 'scenes/*.tif' -o maps --shard 2/8
-    """
+    """  # noqa: D301, click's mark for lines as they are
     from co2s_fast.engine.launch import predict_run
 
     for path in predict_run(run, images, **options):
@@ -266,12 +240,12 @@ def export(run: Path, **options: Any) -> None:
 @click.option("--npz", is_flag=True, help="Also write the maps of all layers, as OUT.npz.")
 @one_line_errors
 def attention(run: Path, image: Path, out: Path, point: str | None, **options: Any) -> None:
-    r"""Draw where the heads of both students' backbones look in an image.
+    """Draw where the heads of both students' backbones look in an image.
 
     \b
     co2s-fast attention runs/mine scene.tif -o attention.png
     co2s-fast attention runs/mine scene.tif -o water.png --point 512,300 --size 512
-    """
+    """  # noqa: D301, click's mark for lines as they are
     from co2s_fast.engine.attention import attend, parse_point
     from co2s_fast.report import draw_attention
 
@@ -309,77 +283,7 @@ def doctor() -> None:
     click.echo(diagnose())
 
 
-@main.group()
-def weights() -> None:
-    """List, fetch, import and verify pretrained weights."""
-
-
-@weights.command("list")
-@one_line_errors
-def list_weights() -> None:
-    """Show the known weights: model, licence, source, and where they lie on this machine."""
-    from co2s_fast.models.weights.convert import table
-
-    click.echo(table())
-
-
-@weights.command("fetch")
-@click.argument("names", nargs=-1, required=True)
-@click.option("-o", "--out", type=PATH, help="Folder for a copy, to take to another machine.")
-@offline_option
-@one_line_errors
-def fetch_weights(names: tuple[str, ...], out: Path | None) -> None:
-    """Download weights by name, and note their checksums."""
-    from co2s_fast.models.weights.files import is_torchscript, torchscript_hint
-    from co2s_fast.models.weights.registry import entry_named
-    from co2s_fast.models.weights.store import fetch
-
-    for entry in [entry_named(name) for name in names]:
-        path = fetch(entry, out)
-        click.echo(path)
-        if is_torchscript(path):
-            click.echo(f"this is {torchscript_hint(path)}", err=True)
-
-
-@weights.command("import")
-@click.argument("file", type=PATH)
-@click.option("--as", "name", metavar="NAME", help="What the file is: a name of `weights list`.")
-@click.option("--layout", help="How the file names its tensors. Default: told by its keys.")
-@click.option("-o", "--out", type=PATH, metavar="FILE.safetensors",
-              help="Default: where --as NAME is looked for.")
-@offline_option
-@one_line_errors
-def import_weights(file: Path, out: Path | None, name: str | None, layout: str | None) -> None:
-    r"""Convert an original release's file to safetensors with model, mean and deviation inside.
-
-    \b
-    co2s-fast weights import simmim_pretrain__vit_base__img224__800ep.pth --as simmim
-    co2s-fast weights import checkpoint_teacher.pth --layout ibot -o ibot.safetensors
-    """
-    from co2s_fast.models.weights.convert import import_weights
-
-    click.echo(import_weights(file, out, name=name, layout=layout))
-
-
-@weights.command("verify")
-@click.argument("paths", nargs=-1, type=PATH, metavar="[FILE]...")
-@offline_option
-@one_line_errors
-def verify_weights(paths: tuple[Path, ...]) -> None:
-    """Check keys, shapes and checksums of files, or of all known weights on this machine."""
-    from co2s_fast.models.weights.convert import verify, verify_all
-
-    if paths:
-        for path in paths:
-            click.echo(f"{path}: {verify(path)}")
-        return
-    found = verify_all()
-    for name, told, _ in found:
-        click.echo(f"{name}: {told}")
-    if not found:
-        click.echo("none of the known weights is on this machine; see co2s-fast weights list")
-    if not all(well for _, _, well in found):
-        sys.exit(DataError.exit_code)
+main.add_command(weights)
 
 
 @main.group()

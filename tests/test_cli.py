@@ -79,6 +79,7 @@ def test_every_command_explains_itself(command: tuple[str, ...]) -> None:
     result = call(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.output
+    assert "\\b" not in result.output
 
 
 def test_doctor_names_every_backend() -> None:

@@ -317,8 +317,7 @@ def _queries(
         return torch.randn(len(classes), width) * 0.02
     text = config.text
     same = (text.model, text.weights) == (config.model, config.weights)
-    shared = tower if same and getattr(tower, "has_text_weights", True) else None
-    return text_queries(text, classes, width, tower=shared)
+    return text_queries(text, classes, width, tower=tower if same else None)
 
 
 def _describe(config: StudentConfig) -> str:

@@ -10,10 +10,11 @@ import re
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import eva, vision_transformer
 from torch import nn
 
-from co2s_fast.errors import DataError
+from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models import StudentConfig, build_student
 from co2s_fast.models.weights.choose import settings
 from co2s_fast.models.weights.convert import convert, import_weights
@@ -114,6 +115,12 @@ def test_dinov2(registers, tmp_path, classes, small_decoder):
     found, student = maps_of(tmp_path / "dinov2.pth", "ssm", classes, small_decoder, images)
     same(found, expected_maps(model, images))
     assert (student.patch_size, student.pads_to) == (14, 1)
+    # Another size is resized to the next multiple, and the logits cover all of it, not more.
+    small = torch.rand(1, 3, 60, 64)
+    with torch.no_grad():
+        resized = F.interpolate(small, (70, 70), mode="bilinear")
+        torch.testing.assert_close(student(small), student(resized), rtol=1e-3, atol=1e-4)
+    assert student(small).shape[-2:] == (20, 20)
 
 
 def test_dinov3(tmp_path, classes, small_decoder):
@@ -324,6 +331,23 @@ def test_remoteclip_is_open_clips_layout(tmp_path):
     text = torch.randint(1, 49, (3, 12))
     with torch.no_grad():
         clip_against(found, IMAGE, text, model.encode_image(IMAGE), model.encode_text(text))
+
+
+def test_a_vision_tower_has_no_words_for_classes(tmp_path, classes, small_decoder):
+    import open_clip
+
+    model = randomised(open_clip.CLIP(**CLIP))
+    tower = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
+    torch.save(tower, tmp_path / "tower.pt")
+    about = settings("clip", str(tmp_path / "tower.pt"))
+    assert "text" not in about
+    text = {"model": about["model"], "weights": about["weights"]}
+    config = StudentConfig(**about, text=text, decoder=small_decoder)
+    with pytest.raises(UsageError, match="holds a vision tower only"):
+        build_student(config, classes, seed=0)
+    config = StudentConfig(**about, text={"source": "hash"}, decoder=small_decoder)
+    student = build_student(config, classes, seed=0)
+    assert torch.equal(student.backbone.visual.proj, tower["visual.proj"])
 
 
 def test_every_wrong_key_is_listed(tmp_path):

@@ -1,0 +1,41 @@
+"""What the files of the command line have in common; imports nothing heavy."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from co2s_fast.errors import DataError, UsageError
+
+PATH = click.Path(path_type=Path)
+
+
+def set_offline(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Callback of `--offline`, before anything that could open a connection is imported."""
+    if value:
+        from co2s_fast.offline import go_offline
+
+        go_offline()
+
+
+offline_option = click.option("--offline", is_flag=True, expose_value=False, is_eager=True,
+                              callback=set_offline, help="Open no connection; as HF_HUB_OFFLINE=1.")
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn our two kinds of error into one line on stderr and their exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (UsageError, DataError) as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+
+    return run
