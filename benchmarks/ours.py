@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from benchmarks.eager import STABILITY_WEIGHT, Batch, Logits
@@ -10,7 +11,9 @@ from co2s_fast.losses import CutMix, masked_cross_entropy, softmax_confidence, s
 
 def student_losses(logits: dict[str, Tensor], batch: Batch) -> Tensor:
     """½ (supervised + ½ fp + ¼ s1 + ¼ s2) of one student, straight from the decoder's grid."""
-    confidence, label = softmax_confidence(logits["w"].detach(), batch.size)
+    confidence, label = softmax_confidence(
+        logits["w"].detach(), batch.size, label_dtype=torch.uint8
+    )
     total = masked_cross_entropy(logits["x"], batch.labels)
     options = {"threshold": batch.threshold, "ignore_mask": batch.ignore}
     total = total + 0.5 * masked_cross_entropy(logits["fp"], label, confidence, **options)

@@ -35,14 +35,18 @@ def _softmax_confidence_kernel(
         K, BLOCK_K, RESAMPLE,
     )  # fmt: skip
     confidence = reciprocal(total)
-    label = tl.where(confidence == confidence, best, 0).to(tl.int64)
+    label = tl.where(confidence == confidence, best, 0).to(label_ptr.dtype.element_ty)
     out = image * (height * width) + p
     tl.store(confidence_ptr + out, confidence, mask=in_tile)
     tl.store(label_ptr + out, label, mask=in_tile)
 
 
 def softmax_confidence(
-    logits: Tensor, height: int, width: int, align_corners: bool
+    logits: Tensor,
+    height: int,
+    width: int,
+    align_corners: bool,
+    label_dtype: torch.dtype = torch.int64,
 ) -> tuple[Tensor, Tensor]:
     """Highest class probability of every output pixel and its class, the lowest among equals.
 
@@ -51,9 +55,10 @@ def softmax_confidence(
         height: H of the output.
         width: W of the output.
         align_corners: as in `F.interpolate`.
+        label_dtype: int64 or uint8.
 
     Returns:
-        confidence float32 [B,H,W] and label int64 [B,H,W]; NaN and 0 where a logit is NaN.
+        confidence float32 [B,H,W] and label [B,H,W]; NaN and 0 where a logit is NaN.
 
     Raises:
         TypeError: another dtype of logits.
@@ -62,7 +67,7 @@ def softmax_confidence(
     check_logits(logits)
     batch, num_classes = logits.shape[:2]
     confidence = logits.new_empty((batch, height, width), dtype=torch.float32)
-    label = logits.new_empty((batch, height, width), dtype=torch.int64)
+    label = logits.new_empty((batch, height, width), dtype=label_dtype)
     if confidence.numel() == 0:
         return confidence, label
     grid = resampling(logits, height, width, align_corners)

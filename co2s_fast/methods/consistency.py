@@ -19,6 +19,7 @@ from co2s_fast.errors import UsageError
 from co2s_fast.losses import CutMix, softmax_confidence
 from co2s_fast.methods.alignment import DistributionAlignment
 from co2s_fast.methods.base import Method, MethodConfig, channel_keep_masks, step_generator
+from co2s_fast.methods.class_thresholds import ClassThresholds
 from co2s_fast.methods.reduce import LossTerms, rank_and_world
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class ConsistencyConfig(MethodConfig):
             take one more pass of each student.
         distribution_alignment: strength of `DistributionAlignment` on the pseudo-labels; 0, as the
             paper has it, leaves them alone.
+        class_thresholds: strength of `ClassThresholds` on the confidences; 0, as the paper has it,
+            leaves one threshold for all classes.
     """
 
     threshold: float = Field(default=0.95, ge=0, le=1)
@@ -49,13 +52,13 @@ class ConsistencyConfig(MethodConfig):
     cutmix_shards: int = Field(default=1, ge=1)
     cutmix_partner: Literal["batch", "same-image"] = "batch"
     distribution_alignment: float = Field(default=0.0, ge=0, le=2)
+    class_thresholds: float = Field(default=0.0, ge=0, le=2)
 
     @model_validator(mode="after")
     def _aligns_one_batch(self) -> ConsistencyConfig:
-        if self.cutmix_partner == "same-image" and self.distribution_alignment:
-            raise ValueError(
-                "distribution_alignment needs cutmix_partner 'batch', found 'same-image'"
-            )
+        for option in ("distribution_alignment", "class_thresholds"):
+            if self.cutmix_partner == "same-image" and getattr(self, option):
+                raise ValueError(f"{option} needs cutmix_partner 'batch', found 'same-image'")
         return self
 
 
@@ -77,6 +80,12 @@ class ConsistencyMethod(Method):
                 self.alignment[name] = DistributionAlignment(student.num_classes, strength)
         if config.cutmix_partner == "same-image":
             self.views = self.views | {PARTNER}
+        self.thresholds = nn.ModuleDict()
+        if config.class_thresholds > 0:
+            for name, student in students.items():
+                self.thresholds[name] = ClassThresholds(
+                    student.num_classes, config.class_thresholds
+                )
 
     def forward(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
         """Losses of one step; see `Method.forward`. Mixes `batch.s1` and `batch.s2` in place."""
@@ -92,7 +101,9 @@ class ConsistencyMethod(Method):
             weak = views["w"]
             if name in self.alignment:
                 weak = self.alignment[name](weak, batch.y, batch.ignore)
-            confidence, label = softmax_confidence(weak, size=batch.w.shape[-2:])
+            confidence, label = pseudo_labels_of(weak, batch.w)
+            if name in self.thresholds:
+                confidence = self.thresholds[name](weak, confidence, label, batch.ignore)
             maps = [label, confidence, batch.ignore]
             of_mates = None if mates is None else self.pseudo_labels(name, mates)
             for view in self.strong:
@@ -149,7 +160,7 @@ class ConsistencyMethod(Method):
         """
         student = self.students[name]
         logits = student.decode(student.features(batch.w))
-        confidence, label = softmax_confidence(logits, size=batch.w.shape[-2:])
+        confidence, label = pseudo_labels_of(logits, batch.w)
         return [label, confidence, batch.ignore]
 
     def partners(self, local: int, device: torch.device) -> Tensor:
@@ -239,6 +250,14 @@ class ConsistencyMethod(Method):
                 f"raise data.batch_size ({batch_size}) or lower method.cutmix_shards"
             )
         return warnings
+
+
+def pseudo_labels_of(logits: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence and label of every pixel of `images`, labels as bytes where they fit."""
+    fits = logits.shape[1] <= IGNORE
+    return softmax_confidence(
+        logits, size=images.shape[-2:], label_dtype=torch.uint8 if fits else torch.int64
+    )
 
 
 def mix_with_mates(

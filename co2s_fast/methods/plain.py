@@ -35,8 +35,8 @@ def plain_co2s_losses(
         total_steps: steps in the whole run.
     """
     config = method.config
-    for option, plain in (("distribution_alignment", 0), ("mean_shards", 1),
-                          ("cutmix_partner", "batch")):  # fmt: skip
+    for option, plain in (("distribution_alignment", 0), ("class_thresholds", 0),
+                          ("mean_shards", 1), ("cutmix_partner", "batch")):  # fmt: skip
         if getattr(config, option) != plain:
             raise ValueError(f"the plain step needs {option}={plain!r}")
     size = batch.w.shape[-2:]

@@ -20,9 +20,10 @@ _STABILITY_ARGS = (
 )
 
 SCHEMAS: dict[str, str] = {
-    # -> confidence float32 [B,H,W] (float64 for float64 logits), label int64 [B,H,W]
+    # -> confidence float32 [B,H,W] (float64 for float64 logits), label int64 or uint8 [B,H,W]
     "softmax_confidence": (
-        "(Tensor logits, int height, int width, bool align_corners) -> (Tensor, Tensor)"
+        "(Tensor logits, int height, int width, bool align_corners, ScalarType label_dtype=long)"
+        " -> (Tensor, Tensor)"
     ),
     # -> sum over the pixels taken (or [B,H,W] map), counts int64 [2] = (valid, taken),
     #    saved: d(sum)/d(logits) on the CPU when with_grad and not per_pixel, else empty

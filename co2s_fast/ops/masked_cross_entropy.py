@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from co2s_fast.ops import reference
+from co2s_fast.ops import dispatch, reference
 from co2s_fast.ops.registration import (
+    may_scale_in_place,
     once_differentiable,
     register,
     register_autograd,
@@ -102,9 +103,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     _loss, counts, saved = output
     ctx.mark_non_differentiable(counts, saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        logits, target, confidence, ignore_mask, class_weight, boxes, partner, saved
-    )
+    maps: tuple[Tensor | None, ...] = (
+        target, confidence, ignore_mask, class_weight, boxes, partner
+    )  # fmt: skip
+    if saved.numel() and dispatch.backend(logits) != "triton":  # which recomputes in any case
+        maps = (None,) * 6  # the saved gradient is enough; maps of the labels' size may go
+    ctx.save_for_backward(logits, *maps, saved)
     ctx.options = (threshold, ignore_index, per_pixel, align_corners)
 
 
@@ -114,6 +118,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     (logits, target, confidence, ignore_mask, class_weight, boxes, partner,
      saved) = ctx.saved_tensors  # fmt: skip
     threshold, ignore_index, per_pixel, align_corners = ctx.options
+    if target is None:
+        if may_scale_in_place(saved, logits):
+            return saved.mul_(grad_loss), *(None,) * 11
+        target = saved  # stands in: not read where there is a saved gradient
     gradient = torch.ops.co2s.masked_cross_entropy_backward(
         grad_loss.contiguous(), logits, target, confidence, threshold, ignore_mask, ignore_index,
         class_weight, boxes, partner, per_pixel, align_corners, saved,

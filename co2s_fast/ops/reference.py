@@ -97,11 +97,15 @@ def valid_pixels(
 
 
 def softmax_confidence(
-    logits: Tensor, height: int, width: int, align_corners: bool
+    logits: Tensor,
+    height: int,
+    width: int,
+    align_corners: bool,
+    label_dtype: torch.dtype = torch.int64,
 ) -> tuple[Tensor, Tensor]:
     """Confidence and pseudo-label [B,H,W]: `up(logits).softmax(1).max(1)`."""
     confidence, label = up(logits, height, width, align_corners).softmax(1).max(1)
-    return confidence, label
+    return confidence, label.to(label_dtype)
 
 
 def masked_cross_entropy(

@@ -80,6 +80,21 @@ def once_differentiable(name: str) -> None:
     register_autograd(name, backward, setup_context)
 
 
+def may_scale_in_place(saved: Tensor, logits: Tensor) -> bool:
+    """Whether a backward may multiply the saved gradient where it is and return that memory.
+
+    Its node is released next, unless the engine was asked to keep the graph, and nobody else reads
+    what it saved. This spares a tensor of the logits' size.
+    """
+    return (
+        saved.numel() > 0
+        and saved.dtype == logits.dtype
+        and type(saved) is Tensor  # not while torch.compile traces
+        and not torch.is_grad_enabled()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
+
+
 def saved_like(logits: Tensor, wanted: bool) -> Tensor:
     """Uninitialised saved gradient: of the logits' shape on the CPU when wanted, else empty."""
     shape = logits.shape if wanted and logits.device.type == "cpu" else (0,)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from co2s_fast.ops import reference
 from co2s_fast.ops.registration import (
+    may_scale_in_place,
     once_differentiable,
     register,
     register_autograd,
@@ -121,6 +122,13 @@ def _backward(ctx: Any, grad_sums: Tensor | None, *_: Any) -> tuple[Tensor | Non
         return (None,) * 10
     logits_a, logits_b, ignore_mask, saved_a, saved_b = ctx.saved_tensors
     threshold, height, width, ignore_index, align_corners = ctx.options
+    needed = ((need_a, saved_a, logits_a), (need_b, saved_b, logits_b))
+    if all(may_scale_in_place(saved, logits) for need, saved, logits in needed if need):
+        return (
+            saved_a.mul_(grad_sums[0]) if need_a else None,
+            saved_b.mul_(grad_sums[1]) if need_b else None,
+            *(None,) * 8,
+        )
     grad_a, grad_b = torch.ops.co2s.stability_loss_backward(
         grad_sums.contiguous(), logits_a, logits_b, threshold, height, width, ignore_mask,
         ignore_index, align_corners, need_a, need_b, saved_a, saved_b,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -344,3 +345,31 @@ def test_every_instruction_set(isa, cpp_target):
     if f"CO2S_CPU_ISA={isa}: not supported by this CPU" in done.stdout:
         pytest.skip(f"this processor has no {isa}")
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_maps_are_not_kept_for_a_saved_gradient(cpp_target):
+    """What the backward does not read is freed as soon as its owner lets go of it."""
+    label, confidence, _ = maps(cpp_target)
+    kept = [weakref.ref(label), weakref.ref(confidence)]
+    z = logits(cpp_target)
+    loss = masked_cross_entropy(z, label, confidence)
+    del label, confidence
+    assert [ref() for ref in kept] == [None, None]
+    loss.backward()
+    assert z.grad.abs().sum() > 0
+
+
+def test_a_kept_graph_gives_the_same_gradient_again(cpp_target):
+    """The saved gradient is scaled where it lies only when nobody can ask for it again."""
+    label, confidence, _ = maps(cpp_target)
+    a, b = logits(cpp_target), logits(cpp_target, seed=1)
+    loss = 3 * masked_cross_entropy(a, label, confidence)
+    loss = loss + 5 * sum(stability_loss(a, b, threshold=0.5, size=tuple(label.shape[1:])))
+    first = torch.autograd.grad(loss, (a, b), retain_graph=True)
+    again = torch.autograd.grad(loss, (a, b), retain_graph=True)
+    last = torch.autograd.grad(loss, (a, b))
+    for one, two, three in zip(first, again, last, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+        assert one.data_ptr() != two.data_ptr()
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (a, b))

@@ -35,6 +35,11 @@ def check_confidence(case: Case, target, dtype: torch.dtype) -> None:
     if clear.numel():
         assert clear.double().mean() > 0.9, "the case compares too little"
     assert torch.equal(label.cpu()[clear], truth_label[clear])
+    same, byte = softmax_confidence(
+        x.a.to(target.device), case.size, align_corners=case.align_corners, label_dtype=torch.uint8
+    )
+    assert byte.dtype == torch.uint8 and torch.equal(byte.long(), label)
+    assert torch.equal(same.nan_to_num(2), confidence.nan_to_num(2))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -89,6 +89,16 @@ WRONG = {
     "size mask": (lambda: stability(size=(8, 8), ignore_mask=LABEL), ValueError,
                   r"ignore_mask: expected shape \[2, 8, 8\], got \[2, 8, 12\]"),
     "stability threshold": (lambda: stability(threshold=2), ValueError, "threshold: .*got 2"),
+    "label_dtype": (
+        lambda: softmax_confidence(LOGITS, label_dtype=torch.int32),
+        TypeError,
+        "label_dtype: .*int32",
+    ),
+    "classes in a byte": (
+        lambda: softmax_confidence(torch.zeros(1, 256, 2, 2), label_dtype=torch.uint8),
+        ValueError,
+        "label_dtype: .*256 classes",
+    ),
     "confidence size": (lambda: softmax_confidence(LOGITS, (4, -1)), ValueError, "size: .*-1"),
     "out shape": (lambda: matrix(out=torch.zeros(4, 5).long()), ValueError,
                   r"out: expected shape \[5, 5\], got \[4, 5\]"),

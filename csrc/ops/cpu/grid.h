@@ -260,7 +260,15 @@ private:
                         ((image_ * plan_.bands + band_) * classes_ + k) * w
                   : static_cast<T*>(view_.gradient) +
                         ((image_ * classes_ + k) * plan_.in_height + row) * w;
-      for (int64_t j = 0; j < w; ++j) {
+      int64_t j = 0;
+#if defined(__AVX2__)
+      if constexpr (sizeof(T) == 4) {
+        for (; j + 8 <= w; j += 8) {
+          eight_dots(rows, plan_.x_start + j, plan_.x_weight + j * footprint, footprint, to + j);
+        }
+      }
+#endif
+      for (; j < w; ++j) {
         to[j] = dot(rows + plan_.x_start[j], plan_.x_weight + j * footprint, footprint);
       }
       std::memset(static_cast<void*>(rows), 0, row_size_ * sizeof(T));

@@ -174,6 +174,28 @@ CO2S_INLINE float add_lanes(Vec<float> x) {
 }
 #endif
 
+#if defined(__AVX2__)
+// to[i] = Σ_t rows[start[i] + t] * weight[i * count + t] for eight i; count is a multiple of 8.
+CO2S_INLINE void eight_dots(const float* rows, const int32_t* start, const float* weight,
+                            int64_t count, float* to) {
+  __m256 sum[8];
+  for (int i = 0; i < 8; ++i, weight += count) {
+    const float* row = rows + start[i];
+    sum[i] = _mm256_mul_ps(_mm256_loadu_ps(row), _mm256_loadu_ps(weight));
+    for (int64_t t = 8; t < count; t += 8) {
+      sum[i] = _mm256_fmadd_ps(_mm256_loadu_ps(row + t), _mm256_loadu_ps(weight + t), sum[i]);
+    }
+  }
+  // Pairwise sums within each half of eight vectors, then the halves.
+  for (int pairs = 4; pairs > 1; pairs /= 2) {
+    for (int i = 0; i < pairs; ++i) sum[i] = _mm256_hadd_ps(sum[2 * i], sum[2 * i + 1]);
+  }
+  const __m256 low = _mm256_permute2f128_ps(sum[0], sum[1], 0x20);
+  const __m256 high = _mm256_permute2f128_ps(sum[0], sum[1], 0x31);
+  _mm256_storeu_ps(to, _mm256_add_ps(low, high));
+}
+#endif
+
 // from[offset[lane]]; offsets relative to `from`, in [0, kLanes) when `near`.
 template <class T> CO2S_INLINE Vec<T> take(const T* from, IntVec<T> offset, bool near) {
 #if defined(__AVX512F__)

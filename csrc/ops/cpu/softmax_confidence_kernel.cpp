@@ -73,17 +73,25 @@ private:
 
   inline __attribute__((always_inline)) void write(int64_t image, Spot spot, V confidence,
                                                    IntVec<T> label) {
-    typedef int64_t Wide __attribute__((vector_size(8 * V::kLanes)));
-    const Wide wide = __builtin_convertvector(label.v, Wide);
     const int64_t offset = (image * args_.plan.height + spot.y) * args_.plan.width + spot.x;
     const int64_t left = args_.plan.width - spot.x;
     if (left >= V::kLanes) {
       store(args_.confidence + offset, confidence);
-      std::memcpy(args_.label + offset, &wide, sizeof(wide));
     } else {
       store_partial(args_.confidence + offset, confidence, left);
-      std::memcpy(args_.label + offset, &wide, left * sizeof(int64_t));
     }
+    if (args_.label != nullptr) {
+      write_label(args_.label + offset, label, left);
+    } else {
+      write_label(args_.byte_label + offset, label, left);
+    }
+  }
+
+  template <class L>
+  inline __attribute__((always_inline)) void write_label(L* to, IntVec<T> label, int64_t left) {
+    typedef L Labels __attribute__((vector_size(sizeof(L) * V::kLanes)));
+    const Labels labels = __builtin_convertvector(label.v, Labels);
+    std::memcpy(to, &labels, left >= V::kLanes ? sizeof(labels) : left * sizeof(L));
   }
 
   const Args& args_;

@@ -48,8 +48,9 @@ template <class T> struct ConfidenceProblem {
   Grid<T> grid;
   int registers;
   PixelBlocks blocks;
-  T* confidence;  // contiguous [B,H,W]
-  int64_t* label; // contiguous [B,H,W]
+  T* confidence;       // contiguous [B,H,W]
+  int64_t* label;      // contiguous [B,H,W]; null: see byte_label
+  uint8_t* byte_label; // contiguous [B,H,W]
 };
 
 template <class T> struct CrossEntropyStatistics;

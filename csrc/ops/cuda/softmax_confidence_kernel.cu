@@ -64,7 +64,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t out =
       at.image * (static_cast<int64_t>(problem.grid.y.out) * problem.grid.x.out) + at.pixel;
   store_vector(problem.confidence + out, confidence);
-  store_vector(problem.label + out, label);
+  if (problem.label != nullptr) {
+    store_vector(problem.label + out, label);
+  } else {
+    uint8_t bytes[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) bytes[v] = static_cast<uint8_t>(label[v]);
+    store_vector(problem.byte_label + out, bytes);
+  }
 }
 
 template <class S, int N>
@@ -90,7 +97,11 @@ __global__ void __launch_bounds__(kThreads)
     }
     const int64_t out = (at.image * problem.grid.y.out + row) * problem.grid.x.out + at.x;
     problem.confidence[out] = found.confidence;
-    problem.label[out] = found.label;
+    if (problem.label != nullptr) {
+      problem.label[out] = found.label;
+    } else {
+      problem.byte_label[out] = static_cast<uint8_t>(found.label);
+    }
   }
 }
 
