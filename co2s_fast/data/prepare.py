@@ -37,7 +37,7 @@ from co2s_fast.data.tiles import TILES
 from co2s_fast.errors import DataError, UsageError
 
 RECORD = "prepared.json"
-_WAITING = 16  # files of one image that wait to be written
+_WAITING = 4  # files of one image that wait to be written
 
 
 @dataclass

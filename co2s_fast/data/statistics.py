@@ -52,9 +52,9 @@ def band_statistics(paths: Sequence[Path], spec: DatasetSpec, *, threads: int = 
     def images() -> Iterator[Bands]:
         with ThreadPoolExecutor(threads) as pool:
             # In chunks, so that only a few tiles are in memory.
-            for start in tqdm(range(0, len(paths), 4 * threads), desc="band statistics",
+            for start in tqdm(range(0, len(paths), threads), desc="band statistics",
                               leave=False, disable=not progress or len(paths) < 200):
-                yield from pool.map(lambda p: _values(p, spec), paths[start : start + 4 * threads])
+                yield from pool.map(lambda p: _values(p, spec), paths[start : start + threads])
 
     rule = spec.raster.rule(dtype)
     percentiles = spec.raster.percentiles if rule == "percentile" else (0.0, 100.0)

@@ -38,15 +38,25 @@ def describe_bands(spec: DatasetSpec) -> dict[str, Any]:
     statistics = spec.statistics
     return {
         "channels": spec.channels,
-        "bands": None if spec.channels == 3 and spec.display is None else band_names(spec),
+        "bands": band_names(spec) if _has_names(spec) else None,
         "mean": None if statistics is None else tuple(statistics.mean),
         "std": None if statistics is None else tuple(
             max(value, LEAST_DEVIATION) for value in statistics.std),
     }  # fmt: skip
 
 
+def _has_names(spec: DatasetSpec) -> bool:
+    """Whether the channels are other than three of which nothing is said, which are RGB."""
+    return spec.channels != 3 or spec.display is not None or spec.band_names is not None
+
+
 def band_names(spec: DatasetSpec) -> tuple[str, ...]:
-    """A name for each channel: "red", "green", "blue", or "band 8" by its number in the raster."""
+    """A name for each channel: "red", "green", "blue", or "band 8" by its number in the raster.
+
+    Those of the description, where it names them.
+    """
+    if spec.band_names is not None:
+        return tuple(spec.band_names)
     names = [f"band {number}" for number in spec.bands or (1, 2, 3)]
     if spec.channels >= 3:
         for name, channel in zip(RGB, spec.display_channels, strict=True):
