@@ -44,6 +44,7 @@ from co2s_fast.engine.window import train_record
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.methods import get_method
 from co2s_fast.models import build_student
+from co2s_fast.models.lora import beside_adapters
 
 
 def train(
@@ -198,6 +199,8 @@ class Trainer:
         folder = checkpoint_folder(self.folder, "last")
         for name, student in self.students.items():
             weights = checkpoint.read_arrays(folder, state, name)
+            if state["step"] == 0:  # imported, maybe to learn by adapters from here on
+                weights = beside_adapters(weights, student.state_dict())
             checkpoint.load_weights(student, weights, f"checkpoint {folder}")
             student.provenance = state["provenance"][name]
         if state["step"] == 0:  # imported: everything else starts here, by this configuration

@@ -8,7 +8,7 @@ no gradient of W's shape is ever computed, as it would be if the sum were formed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +175,22 @@ def add_adapters(backbone: nn.Module, config: LoraConfig) -> None:
             adapted = (LoraQkv(attention, config) if with_biases
                        else LoraLinear(getattr(attention, name), config))  # fmt: skip
             setattr(attention, name, adapted)
+
+
+def beside_adapters(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights saved without adapters, for a student that has some; those stay as they are.
+
+    Args:
+        weights: state dict of a student without adapters (one with them comes back unchanged).
+        own: state dict of the student that has them.
+    """
+    if any(MARK in name for name in weights):
+        return dict(weights)
+    moved = {name: name.replace(".attn.qkv.", ".attn.") for name in own}
+    saved = {name: name if name in weights else other for name, other in moved.items()}
+    found = {name: weights[old] for name, old in saved.items() if old in weights}
+    found |= {name: weights[name] for name in weights.keys() - saved.values()}  # unknown ones
+    return found | {name: value for name, value in own.items() if MARK in name}
 
 
 @torch.no_grad()

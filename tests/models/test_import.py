@@ -122,9 +122,11 @@ def small_released_config(backbone: str) -> StudentConfig:
 
 
 @pytest.mark.filterwarnings("ignore::co2s_fast.models.student.RandomBackboneWarning")
-@pytest.mark.parametrize("profile", ["official-infer", "official"])
+@pytest.mark.parametrize(
+    ("profile", "trainable"), [("official-infer", "attention"), ("official", "lora")]
+)
 def test_imported_checkpoints_train_on_as_released(
-    dataset, tmp_path, monkeypatch, profile
+    dataset, tmp_path, monkeypatch, profile, trainable
 ) -> None:
     from co2s_fast.data import load_dataset
 
@@ -148,11 +150,12 @@ def test_imported_checkpoints_train_on_as_released(
                                "data.workers=0", "train.lr=0.002", "train.backbone_multiplier=1")
              for part in ("--set", text)]  # fmt: skip
     succeed("train", "--recipe", run / "config.yaml", "--out", run, "--resume", "--compat",
-         "official-train", *small)  # fmt: skip
+         "official-train", "--trainable", trainable, *small)  # fmt: skip
     config = read_run_config(run)
     assert config.compat == "official-train" and config.method.cutmix_partner == "same-image"
     record = next(r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train")
-    assert record["lr/ssm/backbone"] == pytest.approx(0.002)  # not the rate of the import
+    part = "adapters" if trainable == "lora" else "backbone"
+    assert record[f"lr/ssm/{part}"] == pytest.approx(0.002)  # not the rate of the import
     after = load_run(run, "last")[2]["ssm"].state_dict()
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert any(".attn." in name for name in moved) and not any(".mlp." in name for name in moved)
