@@ -272,7 +272,8 @@ def open_raw(source: Source, spec: DatasetSpec, tile: TileSpec) -> Iterator[RawI
     spec = spec.model_copy(update={"mask": mask})
     with ExitStack() as files:
         image: RawImage
-        if is_picture(source.image) and spec.bands is None and mask.encoding != "polygons":
+        plain = spec.bands is None and spec.raster.rule("uint8") == "none"
+        if is_picture(source.image) and plain and mask.encoding != "polygons":
             image = RawPicture(source.image, tile.scale)
         else:
             image = RawRaster(files.enter_context(open_raster(source.image, spec)), tile.scale)

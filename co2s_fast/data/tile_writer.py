@@ -17,6 +17,7 @@ from co2s_fast.data.files import replacing, save_image
 from co2s_fast.data.pairing import Source
 from co2s_fast.data.rasters import CHOSEN, Raster, placed, quiet
 from co2s_fast.data.raw import Piece, RawImage, RawPicture, RawRaster
+from co2s_fast.data.tiles import SUFFIXES
 
 _BLOCK = 256
 
@@ -57,7 +58,8 @@ class TileWriter:
         if self.dtype is not None or tile.size is not None or tile.scale != 1:
             return False
         plain = isinstance(image, RawRaster) and (
-            image.raster.is_complete and image.raster.palette is None and self.spec.bands is None)
+            image.raster.is_complete and image.raster.palette is None and self.spec.bands is None
+            and image.raster.path.suffix.lower() in SUFFIXES)
         return plain or isinstance(image, RawPicture)
 
     def image(self, path: Path, piece: Piece, source: Source, image: RawImage, place: Place,

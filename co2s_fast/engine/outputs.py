@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from co2s_fast.engine.scenes import PICTURES, RASTERS, is_raster, read_signature
+from co2s_fast.engine.scenes import PICTURES, RASTERS, VIRTUAL, is_raster, read_signature
 from co2s_fast.errors import DataError, UsageError
 
 
@@ -25,13 +25,13 @@ def find_images(images: Iterable[str | Path]) -> list[Path]:
         elif path.exists() or not glob.has_magic(str(path)):
             if not path.is_file():
                 raise DataError(f"{path}: missing file")
-            if path.suffix.lower() not in PICTURES + RASTERS:
-                kinds = " ".join(PICTURES + RASTERS)
+            if path.suffix.lower() not in PICTURES + RASTERS + VIRTUAL:
+                kinds = " ".join(PICTURES + RASTERS + VIRTUAL)
                 raise DataError(f"{path}: expected an image ({kinds})")
             found.append(path)
         else:
             matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-            matches = [p for p in matches if p.suffix.lower() in PICTURES + RASTERS]
+            matches = [p for p in matches if p.suffix.lower() in PICTURES + RASTERS + VIRTUAL]
             if not matches:
                 raise DataError(f"{path}: no image matches the pattern")
             found += matches

@@ -1,8 +1,9 @@
 """Images to predict on and maps to write, read and written by rectangles.
 
-PNG and JPEG are held in memory; a GeoTIFF of any size passes through window by window, and its map
-is a cloud-optimised GeoTIFF that keeps its coordinate system, transform (or ground control points)
-and nodata. Every map carries the signature of what made it, so that finished ones are recognised.
+PNG and JPEG are held in memory; a GeoTIFF (VRT, JPEG 2000, ...) of any size passes through window
+by window, and its map is a cloud-optimised GeoTIFF that keeps its coordinate system, transform (or
+ground control points) and nodata. Every map carries the signature of what made it, so that finished
+ones are recognised.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from co2s_fast.engine.sliding_window import Window
 from co2s_fast.errors import DataError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-RASTERS = (".tif", ".tiff")
+RASTERS = (".tif", ".tiff", ".jp2", ".img")
+VIRTUAL = (".vrt",)  # other rasters put together, which may lie in the same folder
 BLOCK = 256
 SIGNATURE = "CO2S_FAST"
 PLAIN = PlainImages()
@@ -62,7 +64,7 @@ class Scene(Protocol):
 
 def is_raster(path: Path) -> bool:
     """Whether the file goes through rasterio."""
-    return path.suffix.lower() in RASTERS
+    return path.suffix.lower() in RASTERS + VIRTUAL
 
 
 def size_of(path: Path, spec: Imagery = PLAIN) -> tuple[int, int]:

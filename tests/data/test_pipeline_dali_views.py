@@ -286,3 +286,24 @@ def text_of(spec):
     name = lines[0].removeprefix("OpSpec for ").rstrip(":")
     given = dict(line.strip().split(": ", 1) for line in lines if ": " in line)
     return name, given["device"]
+
+
+def test_transparent_pixels_are_ignored_as_in_the_torch_pipeline(tmp_path):
+    items = []
+    for number in range(2):
+        pixels = np.dstack([picture(48, 48, number), np.full((48, 48), 255, np.uint8)])
+        pixels[: 10 + number, :, 3] = 0
+        label = np.full((48, 48), number, np.uint8)
+        item = Item(f"t{number}", tmp_path / f"t{number}.png", tmp_path / f"l{number}.png")
+        Image.fromarray(pixels).save(item.image)
+        Image.fromarray(label).save(item.label)
+        items.append(item)
+    spec, split = two_classes(), Split(items, items, items)
+    batches = []
+    for loader in ("torch", "dali"):
+        config = DataConfig(root=tmp_path, labels=2, batch_size=2, workers=0, loader=loader)
+        batches.append(next(iter(build_loader(config, spec, split, views=ALL, seed=0, start_step=0,
+                                              total_steps=1))))
+    assert (batches[0].ignore == 255).any() and (batches[0].y == 255).any()
+    assert torch.equal(batches[0].ignore, batches[1].ignore)
+    assert torch.equal(batches[0].y, batches[1].y)

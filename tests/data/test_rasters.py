@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import rasterio
 import torch
+import yaml
 from PIL import Image
 from toy_rasters import CRS, NORTH, PIXEL, WEST, raster_spec, scene, write_tif
 
@@ -304,8 +307,6 @@ def test_batches_are_stretched_and_the_same_for_any_workers(four_bands):
 def test_statistics_of_the_folder_go_with_a_description_by_hand(four_bands, tmp_path):
     root, written = four_bands
     path = tmp_path / "hand.yaml"
-    import yaml
-
     path.write_text(yaml.safe_dump(written.model_dump(mode="json")))
     spec = open_dataset(DataConfig(dataset=str(path), root=root, labels=4))
     assert spec.statistics == load_dataset(root / "dataset.yaml").statistics
@@ -406,3 +407,44 @@ def test_old_run_descriptions_are_read():
     for key in ("display", "band_names", "raster", "statistics"):
         del content[key]
     assert parse_dataset({**content, "bands": 3}, "old.yaml") == raster_spec()
+
+
+def test_pictures_can_be_stretched_too(tmp_path):
+    for name in "av":
+        path = tmp_path / f"raw/images/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene(3, 64, 64, "uint8").transpose(1, 2, 0)).save(path)
+    spec = raster_spec(files={"images": "images/{scene}.png", "group": "{scene}"},
+                       raster={"stretch": "percentile", "percentiles": [5, 95]})
+    found = prepare(tmp_path / "raw", tmp_path / "out", spec).statistics
+    values = scene(3, 64, 64, "uint8").reshape(3, -1)
+    np.testing.assert_array_equal(found.low, np.percentile(values, 5, 1, method="lower"))
+    pixels, _ = open_pixels(tmp_path / "out/images/a_0_0.tif",
+                            load_dataset(tmp_path / "out/dataset.yaml")).whole()
+    assert pixels.dtype == np.float32
+
+
+def test_preparing_again_and_the_option_bands(tmp_path):
+    from click.testing import CliRunner
+
+    from co2s_fast.cli import main
+
+    raw = write_scenes(tmp_path / "raw", 4, "int16")
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(raster_spec().model_dump(mode="json", exclude_defaults=True)))
+    command = ["data", "prepare", str(path), "--raw", str(raw), "--out", str(tmp_path / "out"),
+               "--bands", "4,2", "--stretch", "minmax"]
+    first = CliRunner().invoke(main, command)
+    assert first.exit_code == 0 and "int16 images, by channel" in first.output
+    spec = load_dataset(tmp_path / "out/dataset.yaml")
+    assert spec.bands == [4, 2] and spec.raster.stretch == "minmax"
+    assert "already prepared, 18 tiles" in CliRunner().invoke(main, command).output
+    other = CliRunner().invoke(main, [*command[:-4], "--bands", "4,9"])
+    assert other.exit_code == 1 and "was not prepared from" in other.output
+
+
+def test_the_example_is_a_description():
+    root = Path(__file__).resolve().parents[2]
+    spec = load_dataset(root / "examples/datasets/multispectral.yaml")
+    assert spec.channels == 4 and spec.display_channels == (2, 1, 0)
+    assert spec.mask.encoding == "polygons"
