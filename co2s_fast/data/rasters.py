@@ -61,6 +61,12 @@ class Raster:
             MaskFlags.all_valid not in source.mask_flag_enums[band - 1] for band in self.bands)
 
     @property
+    def marked_by_us(self) -> bool:
+        """The description calls a number no data which the file does not."""
+        return any(len(set(marks)) > (self.source.nodatavals[band - 1] in marks)
+                   for band, marks in zip(self.bands, self._marks, strict=True))
+
+    @property
     def is_complete(self) -> bool:
         """Nothing in the file's header says that data may be missing."""
         return not self._masked and not any(self._marks) and self.dtype != "float32"

@@ -235,6 +235,8 @@ class RasterMask:
         unknown = label == UNKNOWN
         if unknown.any():
             self._undeclared.update(count_values(raw, unknown))
+        if label.shape == (height, width):
+            return label
         return label[rows - rows[0]][:, columns - columns[0]]
 
     def _decode(self, raw: NDArray) -> tuple[NDArray[np.uint8], NDArray]:

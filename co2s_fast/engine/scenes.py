@@ -172,7 +172,8 @@ class Raster:
         self.width = max(round(source.width * scale), 1)
         self._down, self._across = source.height / self.height, source.width / self.width
         self._resampling = Resampling.average if scale < 1 else Resampling.bilinear
-        if self._raster.palette is not None:  # numbers of colours cannot be averaged
+        # Numbers of colours cannot be averaged, nor those that GDAL does not know to be no data.
+        if self._raster.palette is not None or self._raster.marked_by_us:
             self._resampling = Resampling.nearest
 
     def read(self, window: Window) -> NDArray:
@@ -210,6 +211,9 @@ class Raster:
             nearest = values if plain or raster.is_complete else self._source.read(
                 raster.bands, window=box, out_shape=shape, resampling=Resampling.nearest)
         valid = raster.check(nearest, masks)
+        if nearest is not values and values.dtype.kind == "f":  # a mean of NaN and a number
+            known = np.isfinite(values)
+            valid = known if valid is None else valid & known
         if raster.palette is not None:
             values = raster.palette[values[0]].transpose(2, 0, 1)
         return values, valid

@@ -89,6 +89,21 @@ def test_scaled_scenes_leave_missing_pixels_out(tmp_path):
         assert found.shape == (32, 32) and (found.read(1)[:, 20:] == 255).all()
 
 
+@pytest.mark.parametrize("kind", ["nan", "description"])
+def test_no_data_that_gdal_does_not_know_lends_no_number(tmp_path, kind):
+    values = np.full((5, 63, 63), 0.5, np.float32)
+    values[:, :, 41:] = np.nan if kind == "nan" else -9999
+    path = write_tif(tmp_path / "a.tif", values)
+    spec = SPEC if kind == "nan" else SPEC.model_copy(
+        update={"raster": SPEC.raster.model_copy(update={"nodata": -9999.0})})
+    with open_scene(path, 0.5, spec) as scene:
+        window = Window(0, 0, scene.height, scene.width)
+        pixels, valid = scene.read(window), scene.valid(window)
+    assert valid[:, :20].all() and not valid[:, 21:].any()
+    np.testing.assert_allclose(pixels[:, valid], 0.75)
+    assert (pixels[:, ~valid] == 0).all()
+
+
 def test_tiles_that_hold_the_chosen_bands_are_read_as_they_are(tmp_path):
     values = numbers()
     path = write_tif(tmp_path / "tile.tif", values[[4, 1, 0]])
