@@ -60,9 +60,25 @@ def open_image(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise DataError(f"{path}: missing file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if path.suffix.lower() in (".tif", ".tiff") and (kind := _raster_kind(path)):
+            raise DataError(f"{path}: {kind}, expected 8-bit grey or RGB; `co2s-fast data prepare` "
+                            "makes tiles of other rasters") from error
         reason = " ".join(str(error).split()).replace(f" '{path}'", "")
         raise DataError(f"{path}: damaged or not an image ({reason})") from error
     return image
+
+
+def _raster_kind(path: Path) -> str | None:
+    """"4 bands of uint16" of a whole raster that Pillow cannot represent, else None."""
+    from co2s_fast.data.rasters import open_source
+
+    try:
+        with open_source(path) as source:
+            kinds = set(source.dtypes)
+            plain = kinds == {"uint8"} and source.count <= 4
+            return None if plain else f"{source.count} bands of {', '.join(sorted(kinds))}"
+    except DataError:
+        return None
 
 
 def load_image(path: Path) -> NDArray[np.uint8]:
@@ -81,7 +97,8 @@ def load_rgb(path: Path) -> Image.Image:
 
 def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode not in _COLOR_MODES and image.mode not in ("CMYK", "YCbCr"):
-        raise DataError(f"{path}: mode {image.mode}, expected 8-bit grey or RGB")
+        raise DataError(f"{path}: mode {image.mode}, expected 8-bit grey or RGB; `co2s-fast data "
+                        "prepare` makes tiles of other rasters")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -149,12 +149,15 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A TIFF without georeference is fine; rasterio warns about each."""
+    """A TIFF without georeference is fine; rasterio warns about each.
+
+    The filter stays: `warnings.catch_warnings` cannot be used by several threads.
+    """
     from rasterio.errors import NotGeoreferencedWarning
 
-    with warnings.catch_warnings():
+    if not any(each[2] is NotGeoreferencedWarning for each in warnings.filters):
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield
+    yield
 
 
 def placed(transform: Any, row: int = 0, column: int = 0, down: float = 1, across: float = 1

@@ -305,7 +305,8 @@ def _check_ground(path: Path, source: Any, image: RawImage, image_path: Path) ->
     raster = image.raster
     if raster is None or not (raster.crs and source.crs):
         return
-    if raster.crs != source.crs:
+    known = raster.crs.to_epsg(), source.crs.to_epsg()
+    if raster.crs != source.crs and None not in known and known[0] != known[1]:
         raise DataError(f"{path}: coordinate system {source.crs}, its image {image_path} has "
                         f"{raster.crs}")
     pixel = max(abs(raster.transform[0]), abs(raster.transform[1]), 1e-300)
