@@ -133,6 +133,8 @@ def _rate_against(rows: list[dict], own: list[dict], first: str) -> str | None:
 
 def absences(content: dict[str, Any], section: str) -> list[str]:
     """One line for each provider that was not measured or came out wrong, cases gathered."""
+    entries = (*content["rows"], *content["not_measured"], *content["wrong"])
+    all_cases = {entry["case"] for entry in entries if entry["section"] == section}
     gathered: dict[tuple[str, str, str], list[str]] = {}
     for key, word in (("not_measured", "not measured"), ("wrong", "wrong result")):
         for entry in content[key]:
@@ -140,7 +142,8 @@ def absences(content: dict[str, Any], section: str) -> list[str]:
                 what = (entry["provider"], word, entry["reason"])
                 gathered.setdefault(what, []).append(entry["case"])
     return [
-        f"{NAMES.get(provider, provider)} {word} ({', '.join(cases)}): {reason}"
+        f"{NAMES.get(provider, provider)} {word} "
+        f"({'any case' if len(cases) == len(all_cases) > 1 else ', '.join(cases)}): {reason}"
         for (provider, word, reason), cases in gathered.items()
     ]
 

@@ -37,7 +37,8 @@ SECTIONS = (
     "step",
     "input",
 )
-ASKED_FOR = ("prepare",)  # takes minutes, and is the same on every kind of device
+# Not of interest in every run: minutes of preparation, and where eager wins.
+ASKED_FOR = ("prepare", "crossover")
 REPEATS = {"cpu": 7, "cuda": 31}
 QUICK_REPEATS = 3
 BUSY = 0.5  # load average a core above which the numbers are marked as taken on a busy machine
