@@ -1,6 +1,9 @@
 // Runs a kernel over all bands of all images in parallel, and joins the gradients of the bands.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 
@@ -10,9 +13,19 @@
 
 namespace co2s {
 
-// Tasks 0 .. batch * bands - 1; which thread runs which has no influence on any result.
+constexpr int64_t kSharesOfAThread = 8;
+
+// Tasks 0 .. batch * bands - 1; which thread runs which has no influence on any result. Threads take
+// a few at a time, since bands without a confident pixel cost next to nothing.
 template <class T, class F> void run_bands(int64_t batch, const PlanView<T>& plan, F kernel) {
-  at::parallel_for(0, batch * plan.bands, 1, kernel);
+  const int64_t tasks = batch * plan.bands, threads = at::get_num_threads();
+  const int64_t share = std::max<int64_t>(1, tasks / (threads * kSharesOfAThread));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.fetch_add(share); begin < tasks; begin = next.fetch_add(share)) {
+      kernel(begin, std::min(begin + share, tasks));
+    }
+  });
 }
 
 // A gradient being built: see GradientView in cpu/grid.h.

@@ -167,6 +167,8 @@ public:
       : view_(view), plan_(plan), classes_(K > 0 ? K : static_cast<int>(classes)),
         row_size_(padded_width(plan)),
         direct_(Identity && view.dtype == (sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64)),
+        past_cache_(direct_ && plan.width % V::kLanes == 0 &&
+                    reinterpret_cast<uintptr_t>(view.gradient) % kVectorBytes == 0),
         enabled_(view.gradient != nullptr),
         rows_(enabled_ && !direct_ ? 2 * classes_ * row_size_ : 0) {
     low_row_ = rows_.get();
@@ -212,7 +214,9 @@ public:
       T* to = static_cast<T*>(view_.gradient) +
               ((image_ * classes() + k) * plan_.height + group_.low) * plan_.width + x;
       const int64_t left = plan_.width - x;
-      if (left >= V::kLanes) {
+      if (past_cache_) {
+        store_past_cache(to, slope);
+      } else if (left >= V::kLanes) {
         store(to, slope);
       } else {
         store_partial(to, slope, left);
@@ -239,7 +243,9 @@ public:
   }
 
   void finish_band() {
-    if constexpr (!Identity) {
+    if constexpr (Identity) {
+      if (past_cache_) fence_stores();
+    } else {
       if (group_.low < 0) return;
       const bool shared = band_ + 1 < plan_.bands &&
                           plan_.y_index0[plan_.band_begin[band_ + 1]] == group_.high;
@@ -298,7 +304,7 @@ private:
   PlanView<T> plan_;
   int classes_;
   int64_t row_size_, image_ = 0, band_ = 0;
-  bool direct_, enabled_;
+  bool direct_, past_cache_, enabled_;
   Buffer<T> rows_; // two of [K][row_size]
   T *low_row_, *high_row_;
   RowGroup group_ = {0, 0, -1, -1};

@@ -90,6 +90,22 @@ template <class T> CO2S_INLINE Vec<T> load_partial(const T* from, int64_t count)
   return load(lanes);
 }
 template <class T> CO2S_INLINE void store(T* to, Vec<T> x) { std::memcpy(to, &x.v, kVectorBytes); }
+// As store, past the caches, for what nobody reads soon; `to` is aligned to the vector.
+template <class T> CO2S_INLINE void store_past_cache(T* to, Vec<T> x) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)x.v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)x.v);
+#else
+  store(to, x);
+#endif
+}
+// Makes such stores visible to other threads.
+CO2S_INLINE void fence_stores() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 template <class T> CO2S_INLINE void store_partial(T* to, Vec<T> x, int64_t count) {
   std::memcpy(to, &x.v, count * sizeof(T));
 }
@@ -178,20 +194,24 @@ CO2S_INLINE float add_lanes(Vec<float> x) {
 // to[i] = Σ_t rows[start[i] + t] * weight[i * count + t] for eight i; count is a multiple of 8.
 CO2S_INLINE void eight_dots(const float* rows, const int32_t* start, const float* weight,
                             int64_t count, float* to) {
-  __m256 sum[8];
-  for (int i = 0; i < 8; ++i, weight += count) {
-    const float* row = rows + start[i];
-    sum[i] = _mm256_mul_ps(_mm256_loadu_ps(row), _mm256_loadu_ps(weight));
-    for (int64_t t = 8; t < count; t += 8) {
-      sum[i] = _mm256_fmadd_ps(_mm256_loadu_ps(row + t), _mm256_loadu_ps(weight + t), sum[i]);
+  __m256 sum[8]; // in registers: every loop over it is unrolled
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    sum[i] = _mm256_mul_ps(_mm256_loadu_ps(rows + start[i]), _mm256_loadu_ps(weight + i * count));
+  }
+  for (int64_t t = 8; t < count; t += 8) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      sum[i] = _mm256_fmadd_ps(_mm256_loadu_ps(rows + start[i] + t),
+                               _mm256_loadu_ps(weight + i * count + t), sum[i]);
     }
   }
   // Pairwise sums within each half of eight vectors, then the halves.
-  for (int pairs = 4; pairs > 1; pairs /= 2) {
-    for (int i = 0; i < pairs; ++i) sum[i] = _mm256_hadd_ps(sum[2 * i], sum[2 * i + 1]);
-  }
-  const __m256 low = _mm256_permute2f128_ps(sum[0], sum[1], 0x20);
-  const __m256 high = _mm256_permute2f128_ps(sum[0], sum[1], 0x31);
+  const __m256 s01 = _mm256_hadd_ps(sum[0], sum[1]), s23 = _mm256_hadd_ps(sum[2], sum[3]);
+  const __m256 s45 = _mm256_hadd_ps(sum[4], sum[5]), s67 = _mm256_hadd_ps(sum[6], sum[7]);
+  const __m256 s03 = _mm256_hadd_ps(s01, s23), s47 = _mm256_hadd_ps(s45, s67);
+  const __m256 low = _mm256_permute2f128_ps(s03, s47, 0x20);
+  const __m256 high = _mm256_permute2f128_ps(s03, s47, 0x31);
   _mm256_storeu_ps(to, _mm256_add_ps(low, high));
 }
 #endif
