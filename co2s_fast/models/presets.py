@@ -70,8 +70,9 @@ PRESETS: dict[str, dict[str, Any]] = {
             "embed_dim": 128,
             "depth": 4,
             "num_heads": 4,
-            # LayerScale starts at 1e-5 in DINOv3, which suits its long pretraining, not ours.
-            "init_values": None,
+            # LayerScale starts at 1e-5 in DINOv3, which suits its long pretraining, not ours. (timm
+            # leaves a None out, so that it would stay 1e-5.)
+            "init_values": 1.0,
         },
         "levels": (3,),
         "queries": "learnable",

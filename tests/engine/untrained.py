@@ -27,7 +27,7 @@ CLIP = {
 DINOV3 = {
     "backbone": "timm", "model": "vit_base_patch16_dinov3_qkvb", "weights": None,
     "levels": [0, 1], "decoder": DECODER,
-    "overrides": {"embed_dim": 64, "depth": 2, "num_heads": 4, "init_values": None},
+    "overrides": {"embed_dim": 64, "depth": 2, "num_heads": 4, "init_values": 1.0},
 }  # fmt: skip
 
 

@@ -119,6 +119,13 @@ def test_blocks_past_the_deepest_level_are_frozen(classes, small_decoder):
         assert ("blocks.3." in name or "blocks.4." in name) <= (not parameter.requires_grad)
 
 
+def test_tiny_blocks_do_not_start_behind_layer_scale(classes):
+    """DINOv3's factors of 1e-5 would all but switch off blocks that start from random weights."""
+    student = build_student(tiny_ssm_config(), classes, seed=0)
+    scales = {n: p for n, p in student.backbone.named_parameters() if "gamma" in n}
+    assert len(scales) == 2 * 4 and all((p == 1).all() for p in scales.values())
+
+
 @pytest.mark.parametrize("backbone", ["clip", "timm"])
 def test_parameter_groups(backbone, classes, small_decoder):
     student = attention_student(classes, backbone, small_decoder)
