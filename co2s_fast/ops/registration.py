@@ -80,6 +80,12 @@ def once_differentiable(name: str) -> None:
     register_autograd(name, backward, setup_context)
 
 
+# Private in PyTorch, whose own compiled backward asks it; without it nothing is scaled in place.
+_graph_is_kept = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+
 def may_scale_in_place(saved: Tensor, logits: Tensor) -> bool:
     """Whether a backward may multiply the saved gradient where it is and return that memory.
 
@@ -91,7 +97,7 @@ def may_scale_in_place(saved: Tensor, logits: Tensor) -> bool:
         and saved.dtype == logits.dtype
         and type(saved) is Tensor  # not while torch.compile traces
         and not torch.is_grad_enabled()
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and not _graph_is_kept()
     )
 
 
