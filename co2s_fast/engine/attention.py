@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from co2s_fast.data.files import replacing
+from co2s_fast.data.imagery import Imagery
 from co2s_fast.data.validation import val_size
 from co2s_fast.engine.inference import BOTH, wanted_predictions
 from co2s_fast.engine.launch import default_device
@@ -19,9 +20,9 @@ from co2s_fast.engine.log import say
 from co2s_fast.engine.outputs import check_writable
 from co2s_fast.engine.panels import as_rgb
 from co2s_fast.engine.runs import checkpoint_step, load_run
-from co2s_fast.engine.scenes import Picture, open_scene, size_of
+from co2s_fast.engine.scenes import PLAIN, Picture, open_scene, size_of
 from co2s_fast.engine.sliding_window import Window
-from co2s_fast.errors import UsageError
+from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.attention_maps import AttentionMaps, attention_maps
 
 FIGURES = (".png", ".pdf", ".svg")
@@ -32,7 +33,7 @@ class View:
     """The part of an image that goes through the students.
 
     Attributes:
-        pixels: [C, h, w] as the students take them.
+        pixels: [C, h, w] as the students take them, uint8 or float32 in [0, 1].
         box: left, top, right, bottom in the file's own pixels.
         point: (x, y) in `pixels`, None where none was asked for.
     """
@@ -99,7 +100,8 @@ def attend(
     """
     if out.suffix.lower() not in FIGURES or out.is_dir():
         raise UsageError(f"--out {out}: expected a file ending in {', '.join(FIGURES)}")
-    size_of(image)  # a missing file is told before the run is opened
+    if not image.is_file():
+        raise DataError(f"{image}: missing file")
     device = default_device()
     config, spec, students = load_run(run, checkpoint, device=device)
     (wanted,) = wanted_predictions(students, student if len(students) > 1 or student != BOTH
@@ -112,7 +114,7 @@ def attend(
             say(f"the image goes through at {scale} of its size, as the tiles of {spec.name} were "
                 "cut; --scale 1 takes it as it is")  # fmt: skip
     view = read_view(image, size or config.eval.crop or spec.crop, point,
-                     scale=scale, rule=config.data.scale or spec.scale)  # fmt: skip
+                     scale=scale, rule=config.data.scale or spec.scale, spec=spec)  # fmt: skip
     pixels = torch.from_numpy(np.ascontiguousarray(view.pixels))[None].to(device)
     maps = {name: attention_maps(each, pixels, view.point) for name, each in chosen.items()}
     layers = {name: each.layer(layer, f"student {name}") for name, each in maps.items()}
@@ -121,8 +123,8 @@ def attend(
     step = checkpoint_step(run, checkpoint)["step"]
     return Attention(
         f"{image.name} · {run.resolve().name}, {checkpoint} checkpoint (step {step})",
-        as_rgb(view.pixels.transpose(1, 2, 0)), next(iter(chosen.values())).patch_size,
-        view.point, maps, layers,
+        as_rgb(view.pixels.transpose(1, 2, 0), spec.display_channels),
+        next(iter(chosen.values())).patch_size, view.point, maps, layers,
     )  # fmt: skip
 
 
@@ -133,6 +135,7 @@ def read_view(
     *,
     scale: float = 1.0,
     rule: Any = "native",
+    spec: Imagery = PLAIN,
 ) -> View:
     """An image at the scale at which the students see it, cut to `size` where it is larger.
 
@@ -142,15 +145,17 @@ def read_view(
         point: (x, y) in the file's pixels that the part has in its middle, as far as it can.
         scale: factor on the image's size.
         rule: the dataset's scale, which pictures are brought to as validation images are.
+        spec: the run's dataset: bands, number type and stretch of rasters.
 
     Raises:
-        DataError: the image cannot be read. UsageError: the point is outside of it.
+        DataError: the image cannot be read, or is not of the dataset's bands and number type.
+        UsageError: the point is outside of it.
     """
-    height, width = size_of(path)
+    height, width = size_of(path, spec)
     if point is not None and not (0 <= point[0] < width and 0 <= point[1] < height):
         x, y = point
         raise UsageError(f"--point {x},{y}: outside of {path}, {width} x {height} pixels")
-    with open_scene(path, scale) as scene:
+    with open_scene(path, scale, spec) as scene:
         full = scene.height, scene.width
         if isinstance(scene, Picture):
             full = val_size(*(max(round(scale * n), 1) for n in full), rule)

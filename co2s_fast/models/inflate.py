@@ -52,6 +52,11 @@ def colour_positions(channels: int, names: Sequence[str] | None) -> dict[int, in
     return {lowered.index(name): colour for colour, name in enumerate(RGB) if name in lowered}
 
 
+def is_plain_rgb(channels: int, names: Sequence[str] | None) -> bool:
+    """Whether pretrained filters fit as they are."""
+    return channels == 3 and colour_positions(channels, names) == {0: 0, 1: 1, 2: 2}
+
+
 def learns_input(config: StudentConfig) -> bool:
     """Whether some band's filter is invented, so that the projection has to learn it."""
     named = len(colour_positions(config.channels, config.bands))
@@ -77,12 +82,10 @@ def inflate(weight: Tensor, channels: int, names: Sequence[str] | None = None) -
     """
     if weight.dim() != 4 or weight.shape[1] != 3:
         raise ValueError(f"weight must be [O, 3, h, w], got {tuple(weight.shape)}")
-    places = colour_positions(channels, names)
-    if places == {0: 0, 1: 1, 2: 2} and channels == 3:
+    if is_plain_rgb(channels, names):
         return weight
+    places = colour_positions(channels, names) if channels >= 3 else {}
     total = weight.double().sum(1)
-    if channels < 3:
-        places = {}
     parts = {i: weight[:, colour].double() * 3 / channels for i, colour in places.items()}
     others = channels - len(parts)
     # Nothing is left for none: with three bands and three names the parts are a permutation.
@@ -104,10 +107,7 @@ def input_conv(
     Raises:
         UsageError: the projection is no convolution over three channels.
     """
-    as_it_is = channels == 3 and (
-        not pretrained or colour_positions(3, names) == {0: 0, 1: 1, 2: 2}
-    )
-    if as_it_is:
+    if channels == 3 and (not pretrained or is_plain_rgb(channels, names)):
         return conv
     if not isinstance(conv, nn.Conv2d) or conv.in_channels != 3 or conv.groups != 1:
         raise UsageError(
