@@ -90,6 +90,11 @@ def headline(trainer: Trainer, record: dict[str, Any]) -> str:
             f"(sha256 {student['sha256'][:12]}), {student['trained_parameters'] / 1e6:.2f} M "
             "parameters train"
         )
+        if student.get("inflated"):
+            lines.append(
+                f"student {name}: patch projection inflated to {student['channels']} channels: "
+                f"{', '.join(trainer.config.students[name].bands or ('RGB',))}"
+            )
     total = sum(record["labeled_pixels"].values()) or 1
     shares = [f"{name} {100 * n / total:.1f} %" for name, n in record["labeled_pixels"].items()]
     lines.append(f"labelled pixels: {', '.join(shares)}")

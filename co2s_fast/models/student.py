@@ -17,6 +17,7 @@ from co2s_fast.models.inflate import (
     channel_statistics,
     check_channels,
     is_input_layer,
+    is_plain_rgb,
     learns_input,
 )
 from co2s_fast.models.lora import MARK, add_adapters, merge_adapters
@@ -220,7 +221,8 @@ def build_student(
 
     `provenance` holds `source` ("random" or the weights' name), `model`, `sha256` of the
     backbone's tensors as the finished student has them (without low-rank adapters), `tensors` and
-    `parameters` (counts) and `queries` ("learnable" or where the class vectors come from).
+    `parameters` (counts), `channels`, `inflated` (whether a pretrained patch projection was made to
+    fit them) and `queries` ("learnable" or where the class vectors come from).
     Nothing is re-initialised after loading; torch's global random state is left as it was.
 
     Args:
@@ -287,6 +289,7 @@ def build_student(
         "source": "random" if fresh else config.weights,
         "model": config.model,
         "channels": config.channels,
+        "inflated": not (fresh or own or is_plain_rgb(config.channels, config.bands)),
         "sha256": loaded,
         **counts,
         "queries": config.queries if config.queries == "learnable" else _describe(config),

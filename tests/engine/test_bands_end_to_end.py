@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 
 from co2s_fast.cli import main
 from co2s_fast.engine.config import RunConfig, read_run_config
@@ -16,6 +18,7 @@ from co2s_fast.engine.pretrain import pretrain
 from co2s_fast.engine.runs import load_run
 from co2s_fast.engine.trainer import train
 from co2s_fast.errors import DataError
+from co2s_fast.models.inflate import inflate
 
 rasterio = pytest.importorskip("rasterio")
 
@@ -99,6 +102,31 @@ def test_a_run_on_four_bands(prepared, tiny_students, tmp_path) -> None:
     call("report", run)
     picture = next((run / "panels").glob("00-*.image.png"))
     assert np.asarray(Image.open(picture)).shape == (32, 32, 3)
+
+
+def test_an_inflated_projection_trains_and_resumes(prepared, tmp_path, capsys) -> None:
+    import timm
+
+    sizes = {"embed_dim": 64, "depth": 1, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_dinov3_qkvb", num_classes=0, **sizes)
+    save_file(model.state_dict(), tmp_path / "dino.safetensors")
+    student = {"backbone": "timm", "model": "vit_tiny_patch16_dinov3_qkvb", "overrides": sizes,
+               "weights": str(tmp_path / "dino.safetensors"), "levels": [0],
+               "decoder": {"skip_channels": [], "up_channels": [], "channels": 16, "layers": 1,
+                           "text_channels": 16, "pool": [2, 2], "rates": [1]}}  # fmt: skip
+    train_options = {"steps": 2, "lr": 1e-3, "device": "cpu", "eval_every": 2, "tensorboard": False}
+    config = configuration(prepared, {"ssm": student}, tmp_path / "run", train=train_options,
+                           method={"name": "onlysup"})  # fmt: skip
+    run = train(config, progress=False)
+    said = capsys.readouterr().err
+    assert "patch projection inflated to 4 channels: blue, green, red, band 4" in said
+    learnt = load_run(run, "last")[2]["ssm"].backbone.model.patch_embed.proj.weight
+    before = inflate(model.patch_embed.proj.weight, 4, ("blue", "green", "red", "band 4"))
+    moved = (learnt - before).abs().amax((0, 2, 3))
+    assert (moved > 0).all() and (moved < 1e-2).all()
+    resumed = train(config, resume=True, progress=False)
+    again = load_run(resumed, "last")[2]["ssm"].backbone.model.patch_embed.proj.weight
+    assert torch.equal(again, learnt)
 
 
 def test_what_is_for_three_bands_is_refused(prepared, tiny_students, tmp_path, stripes) -> None:

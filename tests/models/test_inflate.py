@@ -96,6 +96,7 @@ def test_a_pretrained_student_sees_equal_bands_as_grey(
         config_of(kind, *files, channels=channels, bands=names), classes, seed=0
     ).eval()
     assert wide.channels == channels and wide.provenance["channels"] == channels
+    assert wide.provenance["inflated"] and not three.provenance["inflated"]
     gray = torch.full((1, 1, 32, 48), 0.5)
     # In normalised units, where the two statistics of a grey image differ from band to band.
     maps = [s.backbone(gray.expand(-1, s.channels, -1, -1)) for s in (three, wide)]
