@@ -50,7 +50,6 @@ class Attention:
     Attributes:
         title: of image, run and checkpoint.
         image: the view's picture, uint8 [h, w, 3].
-        patch: side of a patch in pixels.
         point: (x, y) of the query in the view, or None.
         students: name -> attention of all layers.
         layers: name -> the layer to draw.
@@ -58,7 +57,6 @@ class Attention:
 
     title: str
     image: NDArray[np.uint8]
-    patch: int
     point: tuple[int, int] | None
     students: dict[str, AttentionMaps]
     layers: dict[str, int]
@@ -124,7 +122,7 @@ def attend(
     return Attention(
         f"{image.name} · {run.resolve().name}, {checkpoint} checkpoint (step {step})",
         as_rgb(view.pixels.transpose(1, 2, 0), spec.display_channels),
-        next(iter(chosen.values())).patch_size, view.point, maps, layers,
+        view.point, maps, layers,
     )  # fmt: skip
 
 
@@ -186,14 +184,15 @@ def _cut(middle: int, length: int, size: int) -> tuple[int, int]:
 def write_npz(path: Path, view: View, students: dict[str, AttentionMaps]) -> None:
     """The maps of all layers: `<student>` float32 [layers, heads, h, w], and what they belong to.
 
-    Also `<student>_layers_in_use` and `<student>_query`, the view's `image` [C, H, W] and its `box`
-    (left, top, right, bottom in the file's pixels).
+    Also `<student>_layers_in_use`, `<student>_query` and `<student>_covers` (see `AttentionMaps`),
+    the view's `image` [C, H, W] and its `box` (left, top, right, bottom in the file's pixels).
     """
     arrays: dict[str, Any] = {"image": view.pixels, "box": np.array(view.box)}
     for name, each in students.items():
         arrays[name] = each.maps.cpu().numpy()
         arrays[f"{name}_layers_in_use"] = np.array(each.used)
         arrays[f"{name}_query"] = np.array(each.query)
+        arrays[f"{name}_covers"] = np.array(each.covers)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
 

@@ -33,12 +33,15 @@ class AttentionMaps:
     Attributes:
         maps: float32 [layers, heads, h, w] on the grid of patches of the padded image. With the
             weights on the other tokens (class, registers), each head's add up to 1.
+        covers: height and width in pixels of the image that the grid lies over: more than the
+            image where that was padded to whole patches.
         query: whose attention it is: "class token", "patch (row, column)" or "mean of all patches".
         used: how many layers, from the first, have an attention that the student uses. The CLIP
             student reads its last block along the value path, so its attention counts for nothing.
     """
 
     maps: Tensor
+    covers: tuple[int, int]
     query: str
     used: int
 
@@ -87,9 +90,11 @@ def attention_maps(
     backbone, patch = student.backbone, student.patch_size
     height, width = image.shape[-2:]
     grid = (-(-height // patch), -(-width // patch))
+    # A student that does not pad brings the image to whole patches by resizing it.
+    covers = (grid[0] * patch, grid[1] * patch) if student.pads_to > 1 else (height, width)
     prefix, has_class = _prefix(backbone)
     _check_memory(backbone, prefix + grid[0] * grid[1])
-    query, row = _query(point, (height, width), grid, patch, prefix, has_class)
+    query, row = _query(point, (height, width), grid, covers, prefix, has_class)
 
     def keep(weights: Tensor) -> Tensor:
         rows = weights[0, :, prefix:].mean(1) if row is None else weights[0, :, row]
@@ -104,7 +109,7 @@ def attention_maps(
         student.train(training)
     maps = torch.stack([found[index] for index in sorted(found)])
     used = backbone.depth - 1 if isinstance(backbone, ClipBackbone) else len(maps)
-    return AttentionMaps(maps, query, used)
+    return AttentionMaps(maps, covers, query, used)
 
 
 @contextmanager
@@ -203,7 +208,7 @@ def _query(
     point: tuple[int, int] | None,
     size: tuple[int, int],
     grid: tuple[int, int],
-    patch: int,
+    covers: tuple[int, int],
     prefix: int,
     has_class: bool,
 ) -> tuple[str, int | None]:
@@ -213,5 +218,5 @@ def _query(
     x, y = point
     if not (0 <= x < size[1] and 0 <= y < size[0]):
         raise UsageError(f"point {x},{y}: outside of the image, {size[1]} x {size[0]} pixels")
-    row, column = y // patch, x // patch
+    row, column = y * grid[0] // covers[0], x * grid[1] // covers[1]
     return f"patch ({row}, {column})", prefix + row * grid[1] + column

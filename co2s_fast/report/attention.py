@@ -101,16 +101,15 @@ class _Page:
             x = left + column * (self.cell[0] + GAP)
             y = top + HEADER - 0.1 + row * self._row
             self._text(x, y + LABEL - 0.06, f"{label} · {100 * share:.0f} %", size=7.5, color=FAINT)
-            self._map(self._axes(x, y + LABEL, *self.cell), values)
+            self._map(self._axes(x, y + LABEL, *self.cell), values, each.covers)
 
-    def _map(self, axes: Any, values: NDArray[np.float32]) -> None:
+    def _map(
+        self, axes: Any, values: NDArray[np.float32], covers: tuple[int, int]
+    ) -> None:
         """A map over the greyed image, without its part over the padding."""
         height, width = self.found.image.shape[:2]
-        rows, columns = values.shape
-        patch = self.found.patch
         axes.imshow(self.found.image.mean(2), cmap="gray", vmin=0, vmax=255)
-        smooth = Image.fromarray(values).resize((columns * patch, rows * patch),
-                                                Image.Resampling.BILINEAR)  # fmt: skip
+        smooth = Image.fromarray(values).resize(covers[::-1], Image.Resampling.BILINEAR)
         axes.imshow(np.asarray(smooth)[:height, :width], cmap=COLOURS, alpha=0.7, vmin=0,
                     vmax=float(values.max()) or 1.0)  # fmt: skip
         self._mark(axes, 6)

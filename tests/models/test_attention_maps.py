@@ -96,6 +96,33 @@ def test_the_query_chooses_the_row(student) -> None:
         attention_maps(student, image, point=(70, 3))
 
 
+def test_a_grid_over_a_resized_image(classes) -> None:
+    """A student that resizes to whole patches: its grid lies over the image and no more."""
+    image = torch.rand(1, 3, 40, 70)
+    students = (build_student(tiny_ssm_config(odd_sizes=rule), classes, seed=0)
+                for rule in ("pad", "resize"))  # fmt: skip
+    padded, resized = (attention_maps(student, image, (45, 39)) for student in students)
+    assert (padded.covers, resized.covers) == ((48, 80), (40, 70))
+    assert (padded.query, resized.query) == ("patch (2, 2)", "patch (2, 3)")
+    assert padded.maps.shape == resized.maps.shape == (4, 4, 3, 5)
+
+
+def test_adapters_have_to_be_merged(classes) -> None:
+    with pytest.warns(UserWarning, match="random weights"):
+        student = build_student(tiny_clip_config(trainable="lora"), classes, seed=0)
+    image = torch.rand(1, 3, 32, 32)
+    with pytest.raises(UsageError, match="merge them first"):
+        attention_maps(student, image)
+    student.merge_adapters()
+    assert attention_maps(student, image).maps.shape == (4, 4, 2, 2)
+
+
+def test_weights_that_fill_the_memory(classes) -> None:
+    student = build_student(tiny_clip_config(), classes, seed=0)
+    with pytest.raises(UsageError, match=r"between 16385 tokens takes 4\.3 GB a layer"):
+        attention_maps(student, torch.zeros(1, 3, 2048, 2048))
+
+
 def test_layers_count_from_the_last_in_use(classes) -> None:
     image = torch.rand(1, 3, 32, 32)
     clip, ssm = (
