@@ -14,7 +14,7 @@ from co2s_fast.engine.attention import Attention
 from co2s_fast.models.attention_maps import AttentionMaps
 
 NAMES = {"clip": "CLIP student", "ssm": "SSM student"}
-COLUMNS = 6
+COLUMNS = 7  # twelve heads and their mean in two rows
 CELL = 1.75  # inches, the longer side of a head's map
 GAP, LABEL, HEADER, MARGIN, FOOT = 0.1, 0.24, 0.42, 0.25, 0.45
 COLOURS = "magma"
