@@ -73,6 +73,17 @@ def run(command: list[str], what: str) -> None:
         raise NativeBuildError(f"{what} failed with code {process.returncode}:\n{tail}")
 
 
+def operators() -> str:
+    """Fingerprint of the operators' schemas, compared before the package loads the build."""
+    spec = importlib.util.spec_from_file_location(
+        "catalogue", ROOT / "co2s_fast" / "ops" / "catalogue.py"
+    )
+    assert spec is not None and spec.loader is not None
+    catalogue = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(catalogue)
+    return catalogue.fingerprint()
+
+
 class CMakeBuild(build_ext):
     """Builds co2s_fast/_native with CMake; a failure is recorded, never raised."""
 
@@ -87,6 +98,7 @@ class CMakeBuild(build_ext):
         try:
             check_prerequisites()
             self.build_native(destination)
+            record["operators"] = operators()
         except (NativeBuildError, OSError) as error:
             record.update(built=False, reason=str(error))
             self.remove_stale(destination)

@@ -7,6 +7,8 @@ registers its kernels. Both namespaces therefore cannot disagree.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 _CROSS_ENTROPY_ARGS = (
@@ -54,6 +56,11 @@ SCHEMAS: dict[str, str] = {
 def stem(name: str) -> str:
     """File stem of the op that catalogue entry `name` belongs to, e.g. `cutmix` for `cutmix_`."""
     return name.removesuffix("_backward").removesuffix("_")
+
+
+def fingerprint() -> str:
+    """What a native library must have been built for; another one would abort when it is loaded."""
+    return hashlib.sha256(repr(sorted(SCHEMAS.items())).encode()).hexdigest()[:16]
 
 
 def define(namespace: str) -> torch.library.Library:

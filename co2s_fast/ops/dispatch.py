@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,9 @@ class BackendStatus:
 def _load_native() -> str:
     """Load the native library once; the reason why that failed, empty when it did not."""
     global _native_library
+    built_for = _build_record().get("operators", catalogue.fingerprint())
+    if built_for != catalogue.fingerprint():
+        return "the native library was built from other sources of this package: build it again"
     if _native_library is None:
         _native_library = catalogue.define("co2s_native")
     try:
@@ -66,12 +70,15 @@ def load_native() -> ModuleType | None:
     return None if _load_native() else importlib.import_module("co2s_fast._native")
 
 
+def _build_record() -> dict[str, Any]:
+    """What the installation wrote about the native build; empty where it wrote nothing."""
+    record = Path(__file__).parents[1] / "_native_build.json"
+    return json.loads(record.read_text()) if record.is_file() else {}
+
+
 def _build_failure() -> str:
     """Why the native library was not built, as recorded by the installation."""
-    record = Path(__file__).parents[1] / "_native_build.json"
-    if not record.is_file():
-        return ""
-    reason = json.loads(record.read_text()).get("reason")
+    reason = _build_record().get("reason")
     return f" (it was not built: {reason})" if reason else ""
 
 

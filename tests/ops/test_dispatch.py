@@ -10,7 +10,7 @@ import torch
 
 from co2s_fast import ops
 from co2s_fast.losses import masked_cross_entropy, softmax_confidence
-from co2s_fast.ops import dispatch
+from co2s_fast.ops import catalogue, dispatch
 
 ABSENT = [name for name in ops.BACKENDS if not ops.backend_status()[name].live]
 
@@ -97,6 +97,25 @@ def test_without_the_native_library_one_warning_and_the_reference():
     text = python(MISSING_NATIVE)
     assert text.startswith("reference 1 None ")
     assert "native library could not be loaded" in text and "pip install" in text
+
+
+def test_a_library_of_other_sources_is_not_loaded():
+    """Loading it would abort the process: its kernels do not fit the schemas."""
+    stale = MISSING_NATIVE.replace(
+        'sys.modules["co2s_fast._native"] = None',
+        "from co2s_fast.ops import dispatch\n"
+        'dispatch._build_record = lambda: {"built": True, "operators": "another"}',
+    )
+    text = python(stale)
+    assert text.startswith("reference 1 None ")
+    assert "built from other sources" in text and "pip install" in text
+
+
+def test_the_build_records_what_it_was_built_for():
+    record = dispatch._build_record()
+    if not record.get("built"):
+        pytest.skip("the native part was not built here")
+    assert record["operators"] == catalogue.fingerprint()
 
 
 def test_import_loads_neither_native_code_nor_triton():
