@@ -75,7 +75,8 @@ def _sizes(config: RunConfig) -> Settings:
 
 
 def _same_image(config: RunConfig) -> Settings:
-    found = of_method(cutmix_partner="same-image", distribution_alignment=0.0)(config)
+    found = of_method(cutmix_partner="same-image", distribution_alignment=0.0,
+                      class_thresholds=0.0)(config)  # fmt: skip
     return found | {"data.loader": "torch"} if found else {}
 
 

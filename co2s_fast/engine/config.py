@@ -202,7 +202,13 @@ def load_config(
     if asked is None:
         return config
     settings = nested(compat_settings(config, asked))
-    content = merge(settings, content) if compat is None else merge(content, settings)
+    if compat is not None:
+        content = merge(content, settings)
+    else:  # the recipe's own wish: above the recipe it is based on, below what it says itself
+        own = {key: value for key, value in own_content(recipe).items() if key in content}
+        own["method"] = own.get("method", {}) if content.get("method") else {}
+        students = {"students": merge(settings.get("students", {}), content.get("students", {}))}
+        content = merge(merge(content, settings), own) | students
     return parse_config(merge(content, changes) | {"compat": asked}, f"recipe {recipe}")
 
 
@@ -303,17 +309,28 @@ def default_recipe(dataset: str) -> str:
 
 def read_recipe(recipe: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The content of a recipe on top of the recipe that its `base` key names, if it does."""
-    path = Path(recipe)
-    if path.suffix.lower() not in {".yaml", ".yml"}:
-        path = RECIPES / f"{recipe}.yaml"
-        if str(recipe) not in recipe_names():
-            names = ", ".join(recipe_names())
-            raise UsageError(f"recipe {str(recipe)!r}: expected one of {names}, or a .yaml file")
+    path = recipe_path(recipe)
     if path in seen:
         raise UsageError(f"recipe {path}: is its own base")
     content = read_yaml(path)
     base = content.pop("base", None)
     return content if base is None else merge(read_recipe(base, (*seen, path)), content)
+
+
+def own_content(recipe: str | Path) -> dict[str, Any]:
+    """The content of a recipe without what it is based on."""
+    return {k: v for k, v in read_yaml(recipe_path(recipe)).items() if k != "base"}
+
+
+def recipe_path(recipe: str | Path) -> Path:
+    """The file of a recipe: itself, or that of the package's recipe of this name."""
+    path = Path(recipe)
+    if path.suffix.lower() in {".yaml", ".yml"}:
+        return path
+    if str(recipe) not in recipe_names():
+        names = ", ".join(recipe_names())
+        raise UsageError(f"recipe {str(recipe)!r}: expected one of {names}, or a .yaml file")
+    return RECIPES / f"{recipe}.yaml"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

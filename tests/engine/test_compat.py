@@ -39,6 +39,7 @@ TRAIN = {
     "method.stability_ramp": 0.2,
     "method.cutmix_partner": "same-image",
     "method.distribution_alignment": 0.0,
+    "method.class_thresholds": 0.0,
     "method.mean_shards": 4,
     "students.clip.feature_dropout": 0.5,
     "students.ssm.feature_dropout": 0.5,
@@ -110,7 +111,8 @@ def test_what_is_asked_for_wins_and_is_kept(tmp_path) -> None:
     assert "=learner (asked for, not none)" in lines["D1"]
     assert "students.ssm.rope=fp32 (asked for, not bf16)" in lines["D9"]
     assert lines["D6"].endswith("method.cutmix_partner=same-image, "
-                                "method.distribution_alignment=0.0, data.loader=torch")
+                                "method.distribution_alignment=0.0, method.class_thresholds=0.0, "
+                                "data.loader=torch")
     assert "not set: an accident" in lines["D2"] and "- always so" in lines["D10"]
     assert "scores" not in lines and len(lines) == 1 + len(DEVIATIONS) - 1
     path = tmp_path / "config.yaml"
