@@ -143,8 +143,14 @@ void test_predictions(const Logits<T, S>& logits, const UpsamplingPlan<T>& plan,
   const int64_t count = kBatch * s.pixels(), tasks = kBatch * plan.bands();
   std::unique_ptr<T[]> confidence(new T[count]);
   std::unique_ptr<int64_t[]> label(new int64_t[count]);
-  const ConfidenceArgs<T> args{logits.view, plan.view(), confidence.get(), label.get()};
+  const ConfidenceArgs<T> args{logits.view, plan.view(), confidence.get(), label.get(),
+                               nullptr};
   softmax_confidence(args, 0, tasks);
+  std::unique_ptr<uint8_t[]> byte_label(new uint8_t[count]);
+  const ConfidenceArgs<T> as_bytes{logits.view, plan.view(), confidence.get(), nullptr,
+                                   byte_label.get()};
+  softmax_confidence(as_bytes, 0, tasks);
+  for (int64_t i = 0; i < count; ++i) CHECK(byte_label[i] == label[i]);
   const auto target = draw_target(s);
   std::vector<BadLabel> bad(tasks);
   std::vector<int64_t> counts(s.classes * s.classes, 0), expected(counts);

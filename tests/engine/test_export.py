@@ -318,7 +318,7 @@ def test_example_covers_every_pixel() -> None:
 
 def test_labels_keep_the_first_of_equal_classes() -> None:
     class Flat(torch.nn.Module):
-        patch_size = 1
+        patch_size = pads_to = 1
 
         def forward(self, images):
             return images.float() * 0
