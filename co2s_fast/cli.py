@@ -227,8 +227,8 @@ def export(run: Path, **options: Any) -> None:
 @click.argument("run", type=PATH)
 @click.argument("image", type=PATH)
 @click.option("-o", "--out", type=PATH, required=True, help="The figure: .png, .pdf or .svg.")
-@click.option("--student", type=click.Choice(["clip", "ssm", "both"]), default="both",
-              show_default=True)
+@click.option("--student", default="both", show_default=True, metavar="NAME|both",
+              help="One student (clip, ssm), or each of them.")
 @click.option("--layer", type=int, default=-1, show_default=True, help="Number of the block; -1 is "
               "the last whose attention the student uses.")
 @click.option("--point", metavar="X,Y", help="Draw the attention of the patch at this pixel of the "

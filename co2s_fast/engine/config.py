@@ -205,8 +205,7 @@ def load_config(
     if compat is not None:
         content = merge(content, settings)
     else:  # the recipe's own wish: above the recipe it is based on, below what it says itself
-        own = {key: value for key, value in own_content(recipe).items() if key in content}
-        own["method"] = own.get("method", {}) if content.get("method") else {}
+        own = still_in(content, own_content(recipe))
         students = {"students": merge(settings.get("students", {}), content.get("students", {}))}
         content = merge(merge(content, settings), own) | students
     return parse_config(merge(content, changes) | {"compat": asked}, f"recipe {recipe}")
@@ -315,6 +314,12 @@ def read_recipe(recipe: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, An
     content = read_yaml(path)
     base = content.pop("base", None)
     return content if base is None else merge(read_recipe(base, (*seen, path)), content)
+
+
+def still_in(content: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `own` no option has taken out of `content`."""
+    return {key: still_in(content[key], value) if isinstance(value, dict) else value
+            for key, value in own.items() if key in content}  # fmt: skip
 
 
 def own_content(recipe: str | Path) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def test_a_point_on_a_scaled_image(picture, tmp_path) -> None:
     ("options", "code", "said"),
     [
         (["-o", "a.jpg"], 2, "--out a.jpg: expected a file ending in .png, .pdf, .svg"),
+        (["--student", "clip2"], 2, "clip2"),
         (["--layer", "7"], 2, "layer 7: student clip has layers 0 to 1"),
         (["--point", "60,1"], 2, "--point 60,1: outside of"),
         (["--point", "six"], 2, "--point six: expected X,Y in pixels, such as 120,64"),

@@ -129,6 +129,13 @@ def test_a_recipe_may_name_a_profile(tmp_path) -> None:
     config = load_config(path)
     assert config.method.stability_gradient == "none"
     assert config.method.stability_padding == "mask"
+    assert config.method.class_thresholds == 0.0  # which its base asks for
+    content = yaml.safe_load(path.read_text())
+    content |= {"data": {"ratio": "1/8"}, "train": {"epochs": 2, "steps": None}}
+    path.write_text(yaml.safe_dump(content))
+    other = load_config(path, ["data.labels=7", "train.steps=5", "method.name=fixmatch"])
+    assert (other.data.ratio, other.data.labels, other.train.steps) == (None, 7, 5)
+    assert other.method.cutmix_partner == "same-image"
     with pytest.raises(UsageError, match=r"compat: .*'official', 'official-infer'"):
         load_config("tiny", ["compat=official-trian"])
 

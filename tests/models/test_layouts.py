@@ -161,11 +161,12 @@ def test_dinov3_of_transformers(tmp_path, classes, small_decoder):
     same(found, [each.transpose(1, 2).unflatten(2, (4, 4)) for each in tokens], 2e-4)
 
 
-def beit_of_transformers(shared: bool):
+def beit_of_transformers(shared: bool, layer_scale: float = 0.1):
     transformers = pytest.importorskip("transformers")
     config = transformers.BeitConfig(
         hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2,
-        image_size=64, use_mask_token=False, layer_scale_init_value=0.1, layer_norm_eps=1e-6,
+        image_size=64, use_mask_token=False, layer_norm_eps=1e-6,
+        layer_scale_init_value=layer_scale,
         use_absolute_position_embeddings=False, use_mean_pooling=False,
         use_relative_position_bias=not shared, use_shared_relative_position_bias=shared,
     )  # fmt: skip
@@ -227,6 +228,18 @@ def test_beit_and_simmim(release, tmp_path, classes, small_decoder):
     tables = [p for n, p in named if n.endswith(".attn.relative_position_bias_table")]
     assert len(tables) == (3 if release == "beitv2 fine-tuned" else 0)
     assert all(p.grad.abs().sum() > 0 for p in tables)
+
+
+def test_beit_without_layer_scale(tmp_path, classes, small_decoder):
+    model = beit_of_transformers(shared=True, layer_scale=0.0)
+    state = beit_names(model)
+    assert not any("gamma" in name for name in state)
+    torch.save({"model": state}, tmp_path / "beit.pth")
+    found, _ = maps_of(tmp_path / "beit.pth", "ssm", classes, small_decoder)
+    with torch.no_grad():
+        hidden = model(IMAGE, output_hidden_states=True).hidden_states[1:]
+    tokens = [model.layernorm(each)[:, 1:] for each in hidden]
+    same(found, [each.transpose(1, 2).unflatten(2, (4, 4)) for each in tokens], 1e-4)
 
 
 def test_simmim_checkpoint_with_its_settings(tmp_path, monkeypatch):

@@ -106,8 +106,7 @@ def _family(state: State) -> tuple[str, dict[str, Any], dict[str, Any]]:
                                                                    "img_size": 518}
     if "reg_token" in state and "pos_embed" not in state:
         bias = "_qkvb" if "blocks.0.attn.q_bias" in state else ""
-        layers = {} if "blocks.0.gamma_1" in state else {"init_values": None}
-        return f"vit_base_patch16_dinov3{bias}", layers, usual
+        return f"vit_base_patch16_dinov3{bias}", {}, usual
     return "vit_base_patch16_224", {}, usual
 
 
@@ -119,7 +118,7 @@ def _beit(state: State) -> dict[str, Any]:
     if "norm.weight" in state:
         changes["use_fc_norm"] = False
     if "blocks.0.gamma_1" not in state:
-        changes["init_values"] = None
+        changes["init_values"] = 0.0  # no LayerScale; timm leaves a None out and keeps its own
     if "blocks.0.attn.q_bias" not in state:
         changes["qkv_bias"] = False
     return changes
