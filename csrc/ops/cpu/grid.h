@@ -200,11 +200,12 @@ public:
     group_ = group;
   }
 
-  // Adds to the columns x .. of class k: the gradient's shares of the group's two source rows.
-  inline __attribute__((always_inline)) void add(int64_t x, int k, V to_low, V to_high) {
+  // Adds to the columns x .. of class k: a gradient and its share of the group's upper source row.
+  // The lower row gets the rest, as the two weights of an output row add up to 1.
+  inline __attribute__((always_inline)) void add(int64_t x, int k, V total, V to_high) {
     T* low = low_row_ + k * row_size_ + x;
     T* high = (group_.high == group_.low ? low_row_ : high_row_) + k * row_size_ + x;
-    store(low, load(low) + to_low);
+    store(low, load(low) + (total - to_high));
     store(high, load(high) + to_high);
   }
 

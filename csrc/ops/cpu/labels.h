@@ -84,29 +84,34 @@ CO2S_INLINE void apply_ignore_mask(const PixelMaps& maps, const Run& run, int64_
   });
 }
 
+// The number of pixels that remain.
 template <class S>
-CO2S_INLINE void apply_confidence(const PixelMaps& maps, const Run& run, int64_t y,
-                                  int32_t* labels) {
+CO2S_INLINE int64_t apply_confidence(const PixelMaps& maps, const Run& run, int64_t y,
+                                     int32_t* labels) {
   const S threshold = static_cast<S>(maps.threshold);
+  int32_t taken = 0;
   with_run<S>(maps.confidence, run, y, [&](const S* from, int64_t stride) __attribute__((
                                            always_inline)) {
     for (int64_t i = 0; i < run.end - run.begin; ++i) {
-      int32_t& label = labels[run.begin + i];
-      label = from[i * stride] >= threshold ? label : kNotTaken;
+      const int32_t label = from[i * stride] >= threshold ? labels[run.begin + i] : kNotTaken;
+      labels[run.begin + i] = label;
+      taken += label >= 0;
     }
   });
-}
-
-CO2S_INLINE int64_t count_taken(const int32_t* labels, int64_t width) {
-  int32_t taken = 0;
-  for (int64_t x = 0; x < width; ++x) taken += labels[x] >= 0;
   return taken;
 }
 
-CO2S_INLINE bool has_bad_label(const int32_t* labels, int64_t width) {
-  int32_t bad = 0;
-  for (int64_t x = 0; x < width; ++x) bad |= labels[x] == kOutOfRange;
-  return bad != 0;
+struct LabelCounts {
+  int32_t taken = 0, bad = 0;
+};
+
+CO2S_INLINE LabelCounts count_labels(const int32_t* labels, int64_t width) {
+  LabelCounts counts;
+  for (int64_t x = 0; x < width; ++x) {
+    counts.taken += labels[x] >= 0;
+    counts.bad += labels[x] == kOutOfRange;
+  }
+  return counts;
 }
 
 CO2S_INLINE int64_t target_at(const PixelMaps& maps, int64_t image, int64_t y, int64_t x) {
@@ -125,7 +130,8 @@ CO2S_INLINE int64_t target_at(const PixelMaps& maps, int64_t image, int64_t y, i
     read_targets(maps, runs.runs[r], y, labels);
     if (maps.ignore_mask.data != nullptr) apply_ignore_mask(maps, runs.runs[r], y, labels);
   }
-  if (has_bad_label(labels, maps.width)) {
+  const LabelCounts found = count_labels(labels, maps.width);
+  if (found.bad > 0) {
     for (int64_t x = 0; x < maps.width; ++x) {
       if (labels[x] != kOutOfRange) continue;
       int64_t source = image;
@@ -136,17 +142,13 @@ CO2S_INLINE int64_t target_at(const PixelMaps& maps, int64_t image, int64_t y, i
       labels[x] = kNotTaken;
     }
   }
-  PixelCounts counts;
-  counts.valid = counts.taken = count_taken(labels, maps.width);
-  if (maps.confidence.data != nullptr) {
-    for (int r = 0; r < runs.count; ++r) {
-      if (maps.confidence.dtype == Dtype::kFloat64) {
-        apply_confidence<double>(maps, runs.runs[r], y, labels);
-      } else {
-        apply_confidence<float>(maps, runs.runs[r], y, labels);
-      }
-    }
-    counts.taken = count_taken(labels, maps.width);
+  PixelCounts counts{found.taken, found.taken};
+  if (maps.confidence.data == nullptr) return counts;
+  counts.taken = 0;
+  for (int r = 0; r < runs.count; ++r) {
+    counts.taken += maps.confidence.dtype == Dtype::kFloat64
+                        ? apply_confidence<double>(maps, runs.runs[r], y, labels)
+                        : apply_confidence<float>(maps, runs.runs[r], y, labels);
   }
   return counts;
 }

@@ -154,29 +154,26 @@ private:
 
   inline __attribute__((always_inline)) void add_slopes(const Spot* spots, int count,
                                                         const IntVec<T>* label, const V* sum) {
-    V weight[kChunk], scaled[kChunk], lower[kChunk], upper[kChunk];
+    V weight[kChunk], scaled[kChunk], upper[kChunk];
     for (int i = 0; i < count; ++i) {
       weight[i] = weight_of(slope_weights_, spots[i], label[i], weighted_, args_.scale);
       scaled[i] = weight[i] / sum[i];
-      if constexpr (!Identity) {
-        lower[i] = V(args_.plan.y_lower[spots[i].y]);
-        upper[i] = V(args_.plan.y_upper[spots[i].y]);
-      }
+      if constexpr (!Identity) upper[i] = V(args_.plan.y_upper[spots[i].y]);
     }
     for (int k = 0; k < z_.classes(); ++k) {
       const IntVec<T> this_class(k);
-      V to_low(T(0)), to_high(T(0));
+      V total(T(0)), to_high(T(0));
       for (int i = 0; i < count; ++i) {
         const V slope =
             cross_entropy_slope(z_.of(i)[k], scaled[i], label[i] == this_class, weight[i]);
         if constexpr (Identity) {
           sink_.put(spots[i].x, k, slope);
         } else {
-          to_low = to_low + lower[i] * slope;
+          total = total + slope;
           to_high = to_high + upper[i] * slope;
         }
       }
-      if constexpr (!Identity) sink_.add(spots[0].x, k, to_low, to_high);
+      if constexpr (!Identity) sink_.add(spots[0].x, k, total, to_high);
     }
   }
 

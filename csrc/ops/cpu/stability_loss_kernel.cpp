@@ -167,7 +167,7 @@ private:
       return;
     }
     for (int k = 0; k < p.classes(); ++k) {
-      V to_low(T(0)), to_high(T(0));
+      V total(T(0)), to_high(T(0));
       for (int i = 0; i < count; ++i) {
         const V p_k = p.of(i)[k];
         const V slope =
@@ -175,11 +175,11 @@ private:
         if constexpr (Identity) {
           sink.put(spots[i].x, k, slope);
         } else {
-          to_low = to_low + V(args_.plan.y_lower[spots[i].y]) * slope;
+          total = total + slope;
           to_high = to_high + V(args_.plan.y_upper[spots[i].y]) * slope;
         }
       }
-      if constexpr (!Identity) sink.add(spots[0].x, k, to_low, to_high);
+      if constexpr (!Identity) sink.add(spots[0].x, k, total, to_high);
     }
   }
 
