@@ -99,8 +99,9 @@ def split_name(config: DataConfig) -> str:
 def find_root(config: DataConfig, spec: DatasetSpec) -> Path:
     """The folder that holds the prepared dataset: `images/`, `labels/`.
 
-    Looked for in `config.root`, `$CO2S_DATA/<name>`, `./data/<name>`, in this order; the first
-    that applies. A given root may also be the parent of `<name>/`.
+    Looked for in `config.root`, or without one in the folder of a prepared `dataset.yaml` that
+    was given as the dataset, `$CO2S_DATA/<name>`, `./data/<name>`, in this order; the first that
+    applies. A given root may also be the parent of `<name>/`.
 
     Raises:
         DataError: not there; says what to fetch and which command prepares it.
@@ -158,7 +159,10 @@ def candidate_roots(config: DataConfig, spec: DatasetSpec) -> list[Path]:
     if config.root is not None:
         return [config.root, config.root / spec.name]
     stores = [os.environ["CO2S_DATA"]] if os.environ.get("CO2S_DATA") else []
-    return [Path(store) / spec.name for store in [*stores, "data"]]
+    beside = Path(config.dataset).parent
+    prepared = [beside] if Path(config.dataset).name == DESCRIPTION and (
+        beside / "images").is_dir() else []  # fmt: skip
+    return prepared + [Path(store) / spec.name for store in [*stores, "data"]]
 
 
 def _check_description(root: Path, spec: DatasetSpec) -> None:

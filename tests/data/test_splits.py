@@ -263,6 +263,9 @@ def test_where_data_is_looked_for(tmp_path, monkeypatch):
     assert find_root(DataConfig(), spec) == tmp_path / "store/potsdam"
     given = DataConfig(root=tmp_path / "data")
     assert find_root(given, spec) == tmp_path / "data/potsdam"
+    (tmp_path / "mine/images").mkdir(parents=True)
+    beside = DataConfig(dataset=str(tmp_path / "mine/dataset.yaml"))
+    assert find_root(beside, spec) == tmp_path / "mine"
 
 
 def test_folder_of_other_classes(tree):
