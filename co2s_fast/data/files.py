@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -277,9 +278,11 @@ def save_label(path: Path, label: NDArray[np.uint8], palette: Sequence[Sequence[
 
 
 def _encoding(path: Path) -> dict[str, str | int]:
+    # Run lengths alone take about half the time of zlib's fastest search on photographs, which have
+    # next to no repeats, and less space on masks.
     if path.suffix.lower() in (".tif", ".tiff"):
         return {"format": "TIFF", "compression": "tiff_lzw"}
-    return {"format": "PNG", "compress_level": 1}
+    return {"format": "PNG", "compress_level": 1, "compress_type": zlib.Z_RLE}
 
 
 def write_description(root: Path, spec: DatasetSpec,

@@ -76,7 +76,7 @@ def _sizes(config: RunConfig) -> Settings:
 
 def _same_image(config: RunConfig) -> Settings:
     found = of_method(cutmix_partner="same-image", distribution_alignment=0.0,
-                      class_thresholds=0.0)(config)  # fmt: skip
+                      class_thresholds=0.0, consistency_ramp=0.0)(config)  # fmt: skip
     return found | {"data.loader": "torch"} if found else {}
 
 

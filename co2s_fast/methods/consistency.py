@@ -20,6 +20,7 @@ from co2s_fast.losses import CutMix, softmax_confidence
 from co2s_fast.methods.alignment import DistributionAlignment
 from co2s_fast.methods.base import Method, MethodConfig, channel_keep_masks, step_generator
 from co2s_fast.methods.class_thresholds import ClassThresholds
+from co2s_fast.methods.ramp import cosine_ramp
 from co2s_fast.methods.reduce import LossTerms, rank_and_world
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class ConsistencyConfig(MethodConfig):
             paper has it, leaves them alone.
         class_thresholds: strength of `ClassThresholds` on the confidences; 0, as the paper has it,
             leaves one threshold for all classes.
+        consistency_ramp: share of the run over which the weights of the strong views' terms rise on
+            a half cosine (Laine & Aila, ICLR 2017, ramp theirs up likewise), so that students
+            without a prior learn from labels before they learn from each other's guesses; 0, as the
+            paper has it: none.
     """
 
     threshold: float = Field(default=0.95, ge=0, le=1)
@@ -53,6 +58,7 @@ class ConsistencyConfig(MethodConfig):
     cutmix_partner: Literal["batch", "same-image"] = "batch"
     distribution_alignment: float = Field(default=0.0, ge=0, le=2)
     class_thresholds: float = Field(default=0.0, ge=0, le=2)
+    consistency_ramp: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _aligns_one_batch(self) -> ConsistencyConfig:
@@ -96,6 +102,7 @@ class ConsistencyMethod(Method):
             for index, (name, student) in enumerate(self.students.items())
         }
         terms, counts = self.loss_terms(), {}
+        ramp = cosine_ramp(step, total_steps, 1.0, self.config.consistency_ramp)
         for name, views in logits.items():
             self.add_supervised(terms, name, views["x"], batch.y)
             weak = views["w"]
@@ -113,7 +120,8 @@ class ConsistencyMethod(Method):
                 total, valid = self.cross_entropy(
                     views[view], *mixed, threshold=self.config.threshold, cutmix=boxes
                 )
-                terms.add(f"{name}/{view}", getattr(self.config, f"{view}_weight"), total, valid)
+                weight = ramp * getattr(self.config, f"{view}_weight")
+                terms.add(f"{name}/{view}", weight, total, valid)
             counts.update(self.count_pseudo_labels(name, confidence, label, batch))
         self.add_joint_terms(terms, logits, batch, step, total_steps)
         return {**terms.finish(), **counts}

@@ -1,4 +1,4 @@
-"""The ramp of the stability weight λ(t)."""
+"""Ramps: of the stability weight λ(t), and of the consistency terms where that is asked for."""
 
 from __future__ import annotations
 

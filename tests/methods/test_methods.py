@@ -35,6 +35,24 @@ def test_ramp_of_other_lengths_matches_the_release(golden, share) -> None:
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", ["fixmatch", "unimatch", "co2s"])
+def test_consistency_terms_follow_their_ramp(make_method, make_batch, name) -> None:
+    """No part in the loss at the first step, all of it after the ramp, half of it in between."""
+    method = make_method(name, consistency_ramp=0.55, threshold=0.0)
+    for step, share in ((0, 0.0), (5, 0.5), (15, 1.0)):
+        out = {k: float(v.detach()) for k, v in method(make_batch(), step, 20).items()}
+        for student in method.students:
+            expected = 0.5 * out[f"{student}/x"]
+            for view in method.strong:
+                weight = getattr(method.config, f"{view}_weight")
+                assert out[f"{student}/{view}"] > 0.1
+                expected += share * weight * out[f"{student}/{view}"]
+            if name == "co2s":
+                ramp = cosine_ramp(step, 20, 0.5, method.config.stability_ramp)
+                expected += ramp * out[f"{student}/stability"]
+            assert out[f"{student}/total"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_onlysup_is_cross_entropy_over_valid_pixels(make_method, make_batch) -> None:
     method, batch = make_method("onlysup"), make_batch()
     out = method(batch, 0, 10)
