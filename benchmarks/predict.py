@@ -113,7 +113,7 @@ def plain(
                       slice(window.x, window.x + window.width))  # fmt: skip
             total[inside] += logits[0] * ramp
             weight[inside] += ramp
-        probabilities = total.div_(weight).softmax(0)
+        probabilities = torch.softmax(total.div_(weight), 0, out=total)  # no second array
         mixed = probabilities if mixed is None else mixed.add_(probabilities)
     assert mixed is not None
     return mixed.argmax(0).to(torch.uint8).numpy()
