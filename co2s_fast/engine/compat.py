@@ -74,6 +74,14 @@ def _sizes(config: RunConfig) -> Settings:
             for name, student in config.students.items()}  # fmt: skip
 
 
+def _weights(config: RunConfig) -> Settings:
+    """Those of a recipe with weights of its own, too; of another method nothing was released."""
+    if config.method.name != "co2s":
+        return {}
+    return of_method(supervised_weight=0.5, fp_weight=0.25, s1_weight=0.125, s2_weight=0.125,
+                     stability_weight=0.5, stability_ramp=0.2)(config)  # fmt: skip
+
+
 def _same_image(config: RunConfig) -> Settings:
     found = of_method(cutmix_partner="same-image", distribution_alignment=0.0,
                       class_thresholds=0.0, consistency_ramp=0.0)(config)  # fmt: skip
@@ -94,7 +102,7 @@ DEVIATIONS = (
               reason="an accident that discards the prior which was asked for; by itself: "
                      "--set students.ssm.reinitialize=true"),
     Deviation("D3", "one factor λ(t), 0.5 after a cosine over the first fifth of the run", TRAIN,
-              of_method(stability_weight=0.5, stability_ramp=0.2)),
+              _weights),
     Deviation("D4", "logits go through 224 x 224 (CLIP) or 256 x 256 (DINOv3)", BOTH, _sizes),
     Deviation("D5", "unsupervised terms are divided by the pixels that are no padding",
               reason="always so"),

@@ -35,11 +35,16 @@ SCORES = {"eval.precision": "float32", "eval.mode": "auto", "eval.stride": 5 / 6
 TRAIN = {
     "method.stability_gradient": "none",
     "method.stability_padding": "include",
+    "method.supervised_weight": 0.5,
+    "method.fp_weight": 0.25,
+    "method.s1_weight": 0.125,
+    "method.s2_weight": 0.125,
     "method.stability_weight": 0.5,
     "method.stability_ramp": 0.2,
     "method.cutmix_partner": "same-image",
     "method.distribution_alignment": 0.0,
     "method.class_thresholds": 0.0,
+    "method.consistency_ramp": 0.0,
     "method.mean_shards": 4,
     "students.clip.feature_dropout": 0.5,
     "students.ssm.feature_dropout": 0.5,
@@ -112,7 +117,7 @@ def test_what_is_asked_for_wins_and_is_kept(tmp_path) -> None:
     assert "students.ssm.rope=fp32 (asked for, not bf16)" in lines["D9"]
     assert lines["D6"].endswith("method.cutmix_partner=same-image, "
                                 "method.distribution_alignment=0.0, method.class_thresholds=0.0, "
-                                "data.loader=torch")
+                                "method.consistency_ramp=0.0, data.loader=torch")
     assert "not set: an accident" in lines["D2"] and "- always so" in lines["D10"]
     assert "scores" not in lines and len(lines) == 1 + len(DEVIATIONS) - 1
     path = tmp_path / "config.yaml"
@@ -130,6 +135,7 @@ def test_a_recipe_may_name_a_profile(tmp_path) -> None:
     assert config.method.stability_gradient == "none"
     assert config.method.stability_padding == "mask"
     assert config.method.class_thresholds == 0.0  # which its base asks for
+    assert config.method.fp_weight == 0.25  # doubled in its base
     content = yaml.safe_load(path.read_text())
     content |= {"data": {"ratio": "1/8"}, "train": {"epochs": 2, "steps": None}}
     path.write_text(yaml.safe_dump(content))
