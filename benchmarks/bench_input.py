@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ SIDE, FILES = 512, 8
 SCALE, SCALE_RANGE = (2048, 512), (0.5, 2.0)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MANY_STEPS = 1_000_000
+POLL_S = 0.005
 Arrays = dict[str, Any]
 
 
@@ -163,12 +165,28 @@ def our_batches(loader: str) -> Iterator[Any]:
         raise NotMeasured(str(error)) from error
 
 
+def wait_until_idle() -> None:
+    """Return when no thread of this process is at work any more."""
+    while True:
+        before = time.process_time()
+        time.sleep(POLL_S)
+        if time.process_time() - before < 0.1 * POLL_S:
+            return
+
+
 def on_one_thread(batches: Iterator[Any]) -> Callable[[], None]:
+    """A step's load: a batch taken, and the one made that takes its place.
+
+    DALI works ahead. Without the wait, a batch would come from its queue for nothing, and the next
+    one be made in the time of another provider.
+    """
+
     def load() -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             next(batches)
+            wait_until_idle()
         finally:
             torch.set_num_threads(threads)
 

@@ -58,21 +58,22 @@ namespace constants {
 // exp(x) underflows below; e^-87 is as good as 0 in a sum that holds a 1.
 constexpr float kExpLowest = -87.0f;
 constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2High = 0.693145751953125f; // 11 bits shorter than ln 2: n * kLn2High is exact
+constexpr float kLn2Low = 1.42860682030941723e-6f;
 // 1.5 * 2^23 + 127: adding it rounds to an integer n and leaves the exponent bits of 2^n in place.
 constexpr float kRoundMagic = 12583039.0f;
-// 2^f = 1 + f * q(f), minimax on |f| <= 1/2 (least squares reweighted), relative error 1.1e-7.
-constexpr float kExp1 = 0.693147003650665f, kExp2 = 0.240222424268723f, kExp3 = 0.0555073358118534f,
-                kExp4 = 0.00967151299118996f, kExp5 = 0.00132647273130715f;
+// exp(r) = 1 + r + r^2 * q(r), minimax on |r| <= ln(2) / 2 by Remez exchange, relative error 1.1e-7.
+constexpr float kExp2 = 0.499992288256f, kExp3 = 0.166671163133f, kExp4 = 0.0418905499843f,
+                kExp5 = 0.0083124777016f;
 } // namespace constants
 
-// 2^f for |f| <= 1/2, shared by the scalar and the vector exp.
-template <class V> CO2S_HD V exp2_polynomial(V f) {
+// The reduced polynomial, shared by the scalar and the vector exp.
+template <class V> CO2S_HD V exp_polynomial(V r) {
   using namespace constants;
-  V q = V(kExp5) * f + V(kExp4);
-  q = q * f + V(kExp3);
-  q = q * f + V(kExp2);
-  q = q * f + V(kExp1);
-  return q * f + V(1.0f);
+  V q = V(kExp5) * r + V(kExp4);
+  q = q * r + V(kExp3);
+  q = q * r + V(kExp2);
+  return q * (r * r) + r + V(1.0f);
 }
 
 // log(m) for m in [sqrt(1/2), sqrt(2)] as 2 atanh((m - 1) / (m + 1)), series to t^9: 3e-9.
@@ -85,9 +86,7 @@ template <class V> CO2S_HD V log_mantissa(V m) {
   return V(2.0f) * (t + t * t2 * q);
 }
 
-// exp(x) for x <= 0; below -87 it stays at e^-87; NaN stays NaN. At most 2 + |x| ulp: the rounding of
-// x log2(e) is not mended, since beside the largest exponential, 1, (2 + |x|) e^x never matters more
-// than at 0.
+// exp(x) for x <= 0 (at most 2 ulp; below -87 it stays at e^-87); NaN stays NaN.
 CO2S_HD float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);
@@ -96,7 +95,7 @@ CO2S_HD float exp_nonpositive(float x) {
   x = max_keep_nan(kExpLowest, x);
   const float shifted = x * kLog2e + kRoundMagic;
   const float n = shifted - kRoundMagic;
-  const float y = exp2_polynomial(x * kLog2e - n);
+  const float y = exp_polynomial((x - n * kLn2High) - n * kLn2Low);
   uint32_t bits;
   std::memcpy(&bits, &shifted, 4);
   bits <<= 23;

@@ -278,8 +278,7 @@ def save_label(path: Path, label: NDArray[np.uint8], palette: Sequence[Sequence[
 
 
 def _encoding(path: Path) -> dict[str, str | int]:
-    # Run lengths alone take about half the time of zlib's fastest search on photographs, which have
-    # next to no repeats, and less space on masks.
+    # Photographs have next to no repeats to search for, and those of masks are runs.
     if path.suffix.lower() in (".tif", ".tiff"):
         return {"format": "TIFF", "compression": "tiff_lzw"}
     return {"format": "PNG", "compress_level": 1, "compress_type": zlib.Z_RLE}

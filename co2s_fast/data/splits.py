@@ -159,10 +159,11 @@ def candidate_roots(config: DataConfig, spec: DatasetSpec) -> list[Path]:
     if config.root is not None:
         return [config.root, config.root / spec.name]
     stores = [os.environ["CO2S_DATA"]] if os.environ.get("CO2S_DATA") else []
-    beside = Path(config.dataset).parent
-    prepared = [beside] if Path(config.dataset).name == DESCRIPTION and (
-        beside / "images").is_dir() else []  # fmt: skip
-    return prepared + [Path(store) / spec.name for store in [*stores, "data"]]
+    roots = [Path(store) / spec.name for store in [*stores, "data"]]
+    description = Path(config.dataset)
+    if description.name == DESCRIPTION and (description.parent / "images").is_dir():
+        roots.insert(0, description.parent)
+    return roots
 
 
 def _check_description(root: Path, spec: DatasetSpec) -> None:

@@ -75,11 +75,11 @@ def _sizes(config: RunConfig) -> Settings:
 
 
 def _weights(config: RunConfig) -> Settings:
-    """Those of a recipe with weights of its own, too; of another method nothing was released."""
+    """Of co2s alone: defaults of other methods differ, and nothing was released of them."""
     if config.method.name != "co2s":
         return {}
-    return of_method(supervised_weight=0.5, fp_weight=0.25, s1_weight=0.125, s2_weight=0.125,
-                     stability_weight=0.5, stability_ramp=0.2)(config)  # fmt: skip
+    return of_method(supervised_weight=0.5, fp_weight=0.25, s1_weight=0.125, s2_weight=0.125
+                     )(config)  # fmt: skip
 
 
 def _same_image(config: RunConfig) -> Settings:
@@ -102,7 +102,7 @@ DEVIATIONS = (
               reason="an accident that discards the prior which was asked for; by itself: "
                      "--set students.ssm.reinitialize=true"),
     Deviation("D3", "one factor λ(t), 0.5 after a cosine over the first fifth of the run", TRAIN,
-              _weights),
+              of_method(stability_weight=0.5, stability_ramp=0.2)),
     Deviation("D4", "logits go through 224 x 224 (CLIP) or 256 x 256 (DINOv3)", BOTH, _sizes),
     Deviation("D5", "unsupervised terms are divided by the pixels that are no padding",
               reason="always so"),
@@ -133,6 +133,7 @@ DEVIATIONS = (
               TRAIN, of_method(mean_shards=RELEASED_GPUS)),
     Deviation("precision", "training in float32", TRAIN,
               lambda config: {"train.precision": "float32"}),
+    Deviation("weights", "the paper's factors of the losses", TRAIN, _weights),
     Deviation("scores", "float32, windows at 5/6 of the crop, a class that is absent counts as 0",
               INFER, lambda config: {"eval.precision": "float32", "eval.mode": "auto",
                                      "eval.stride": 5 / 6, "eval.absent": "zero"}),

@@ -20,10 +20,9 @@ double relative_ulps(float found, double expected) {
 void test_exp() {
   double worst = 0;
   for (float x = -87.0f; x <= 0.0f; x += 1.0f / 1024) {
-    const double ulps = relative_ulps(exp_nonpositive(x), std::exp(double(x)));
-    worst = std::max(worst, ulps / (2.0 - x));
+    worst = std::max(worst, relative_ulps(exp_nonpositive(x), std::exp(double(x))));
   }
-  CHECK(worst <= 1.0);
+  CHECK(worst <= 2.0);
   CHECK(exp_nonpositive(0.0f) == 1.0f);
   CHECK(exp_nonpositive(-1e30f) >= 0.0f && exp_nonpositive(-1e30f) < 2e-38f);
   CHECK(exp_nonpositive(-kInf) < 2e-38f);

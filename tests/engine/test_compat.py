@@ -72,7 +72,7 @@ def value(config, key: str):
 
 def test_every_difference_is_set_or_has_a_reason() -> None:
     names = [deviation.name for deviation in DEVIATIONS]
-    assert names == [*(f"D{i}" for i in range(1, 18)), "means", "precision", "scores"]
+    assert names == [*(f"D{i}" for i in range(1, 18)), "means", "precision", "weights", "scores"]
     config = load_config("potsdam")
     for deviation in DEVIATIONS:
         assert bool(deviation.settings(config)) == bool(deviation.profiles), deviation.name

@@ -245,7 +245,7 @@ CO2S_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   x = max_keep_nan(V(kExpLowest), x);
   const V shifted = x * V(kLog2e) + V(kRoundMagic);
   const V n = shifted - V(kRoundMagic);
-  const V y = exp2_polynomial(x * V(kLog2e) - n);
+  const V y = exp_polynomial((x - n * V(kLn2High)) - n * V(kLn2Low));
   return y * V((V::Raw)((IntVec<float>::Raw)shifted.v << 23), 0);
 }
 CO2S_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
