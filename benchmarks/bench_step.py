@@ -13,6 +13,8 @@ to show how much of the ratio is theirs. Ours is `co2s_fast.methods.co2s` as the
 
 from __future__ import annotations
 
+import copy
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,6 +56,12 @@ class Images:
 
 
 def make_students(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """A provider's own copy of the two students."""
+    return {name: copy.deepcopy(s).to(device).train() for name, s in random_students(tiny).items()}
+
+
+@functools.cache
+def random_students(tiny: bool) -> dict[str, Any]:
     """The two students with random weights: speed does not depend on their values."""
     from co2s_fast.models import StudentConfig, build_student, tiny_clip_config, tiny_ssm_config
 
@@ -70,7 +78,7 @@ def make_students(device: torch.device, tiny: bool) -> dict[str, Any]:
         warnings.simplefilter("ignore", UserWarning)  # random frozen weights are what we want here
         try:
             return {
-                name: build_student(config, classes, seed=i).to(device).train()
+                name: build_student(config, classes, seed=i)
                 for i, (name, config) in enumerate(configs.items())
             }
         except ImportError as error:

@@ -49,7 +49,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration that all `providers` can be asked to do; the first is the yardstick."""
+    """One configuration that all `providers` can be asked to do; the first is the yardstick.
+
+    Where the peers themselves compute in a half type, `truth` builds what results are compared
+    with instead, and `tolerance` holds for our backends alone: at a threshold, a half type's own
+    rounding decides.
+    """
 
     name: str
     providers: tuple[str, ...]
@@ -58,6 +63,7 @@ class Case:
     bytes_backward: int = 0
     tolerance: float | None = 1e-3  # largest relative error against the yardstick; None: unchecked
     memory: tuple[str, ...] = ("eager", "cpp", "triton", "cuda")  # whose peak is measured
+    truth: Callable[[torch.device], Workload] | None = None
 
 
 @dataclass
@@ -68,6 +74,7 @@ class Measured:
     items: dict[str, int] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
+    ready: dict[str, Workload] = field(default_factory=dict)
 
 
 def percentiles(samples: list[float]) -> tuple[float, float, float]:
@@ -187,7 +194,7 @@ def _prepare(
 ) -> dict[str, Workload]:
     """Build every provider, compare its result with the first one's, and warm it up."""
     ready: dict[str, Workload] = {}
-    expected: list[Tensor] | None = None
+    expected = None if case.truth is None else _result(case.truth(device))
     for name in filter(wanted, case.providers):
         reason = providers.unavailable(name, device)
         if reason is None:
@@ -200,12 +207,13 @@ def _prepare(
             continue
         with scope(name):
             result = _result(workload)
-        if case.tolerance is not None:
+        if case.tolerance is not None and not (case.truth and name in providers.PEERS):
             expected = result if expected is None else expected
             error = disagreement(result, expected)
             if not error <= case.tolerance:
+                yardstick = "float32" if case.truth else next(iter(ready), name)
                 found.wrong[name] = (
-                    f"differs from {next(iter(ready), name)} by {error:.2g} relative, "
+                    f"differs from {yardstick} by {error:.2g} relative, "
                     f"allowed {case.tolerance:.2g}"
                 )
                 continue
@@ -223,7 +231,7 @@ def measure(
     """Time every provider of `case` in interleaved rounds."""
     found = Measured()
     with freshly_compiled():
-        ready = _prepare(case, wanted, device, found)
+        ready = found.ready = _prepare(case, wanted, device, found)
     flush = None
     if device.type == "cuda":
         flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device)

@@ -99,8 +99,7 @@ def _on_cpu(module: str, case: Case, provider: str, quick: bool) -> int:
     return peak
 
 
-def _on_gpu(case: Case, provider: str, device: torch.device) -> int:
-    workload = case.build(provider, device)
+def _on_gpu(workload: Workload, provider: str, device: torch.device) -> int:
     with scope(provider):
         run_pass(workload)
         gc.collect()
@@ -113,9 +112,13 @@ def _on_gpu(case: Case, provider: str, device: torch.device) -> int:
 
 
 def peak_extra_bytes(
-    module: str, case: Case, provider: str, device: torch.device, quick: bool
-) -> int:
-    """Peak memory of one pass (forward, and backward if there is one) beyond the inputs, bytes."""
+    module: str, case: Case, provider: str, device: torch.device, quick: bool,
+    ready: Workload | None = None,
+) -> int:  # fmt: skip
+    """Peak memory of one pass (forward, and backward if there is one) beyond the inputs, bytes.
+
+    A GPU's allocator counts by itself, so there the workload that was timed serves (`ready`).
+    """
     if device.type == "cuda":
-        return _on_gpu(case, provider, device)
+        return _on_gpu(ready or case.build(provider, device), provider, device)
     return _on_cpu(module, case, provider, quick)

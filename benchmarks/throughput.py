@@ -46,10 +46,11 @@ BUSY = 0.5  # load average a core above which the numbers are marked as taken on
 
 def measure_case(
     module: ModuleType, case: harness.Case, device: torch.device, repeats: int, quick: bool,
-    copy_rate: float | None,
+    copy_rate: float | None, without: tuple[str, ...] = (),
 ) -> tuple[list[results.Row], harness.Measured]:  # fmt: skip
     """Times, rates and peak memory of one case, as rows."""
-    found = harness.measure(case, device, repeats)
+    found = harness.measure(case, device, repeats, lambda name: name not in without)
+    found.absent |= {name: "left out" for name in case.providers if name in without}
     rows = []
     traffic = {"forward": case.bytes_forward, "backward": case.bytes_backward}
     traffic["both"] = sum(traffic.values())
@@ -66,16 +67,21 @@ def measure_case(
                 shares = [moved / s / copy_rate for s in samples]
                 rows.append(results.row(where, mode, "bandwidth_share", "1", shares))
         if provider in case.memory and memory.unavailable(device) is None:
-            peak = memory.peak_extra_bytes(module.__name__, case, provider, device, quick)
+            ready = found.ready[provider]
+            peak = memory.peak_extra_bytes(module.__name__, case, provider, device, quick, ready)
             mode = "both" if "both" in modes else next(iter(modes))
             rows.append(results.row(where, mode, "peak_memory", "B", [float(peak)]))
     return rows, found
 
 
 def run_sections(
-    names: tuple[str, ...], device: torch.device, repeats: int, quick: bool
-) -> dict[str, Any]:
-    """Measure the named sections and return the content of a result file."""
+    names: tuple[str, ...], device: torch.device, repeats: int, quick: bool,
+    without: tuple[str, ...] = (), out: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the named sections and return the content of a result file.
+
+    What is measured so far is in `out` after every case, for a run that is cut short.
+    """
     begin = time.perf_counter()
     header = results.make_header(device, repeats, quick)
     copy_rate = None
@@ -90,7 +96,7 @@ def run_sections(
         module = importlib.import_module(f"benchmarks.bench_{name}")
         for case in module.cases(device, quick):
             started = time.perf_counter()
-            rows, found = measure_case(module, case, device, repeats, quick, copy_rate)
+            rows, found = measure_case(module, case, device, repeats, quick, copy_rate, without)
             content["rows"] += rows
             for key, reasons in (("not_measured", found.absent), ("wrong", found.wrong)):
                 content[key] += [
@@ -98,8 +104,10 @@ def run_sections(
                     for p, why in reasons.items()
                 ]
             click.echo(f"  {name}/{case.name}: {time.perf_counter() - started:.0f} s", err=True)
-    header["load_after"] = [round(x, 2) for x in os.getloadavg()]
-    header["seconds"] = round(time.perf_counter() - begin, 1)
+            header["load_after"] = [round(x, 2) for x in os.getloadavg()]
+            header["seconds"] = round(time.perf_counter() - begin, 1)
+            if out is not None:
+                results.save(out, content)
     return content
 
 
@@ -171,6 +179,8 @@ def choose_device(name: str) -> torch.device:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
 @click.option("--section", "chosen", multiple=True, type=click.Choice((*SECTIONS, *ASKED_FOR)),
               help="Measure this section only. Repeatable.")  # fmt: skip
+@click.option("--without", multiple=True, metavar="PROVIDER",
+              help="Leave a provider out, such as compile. Repeatable.")  # fmt: skip
 @click.option("--device", "device_name", type=click.Choice(["auto", "cpu", "cuda"]),
               default="auto", show_default=True)  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Default: what torch chooses.")
@@ -184,8 +194,9 @@ def choose_device(name: str) -> torch.device:
               help="Exit with 1 when a ratio falls under a share of the earlier one, or a named "
               "ratio under a value. Repeatable.")  # fmt: skip
 def main(
-    chosen: tuple[str, ...], device_name: str, threads: int | None, repeats: int | None,
-    quick: bool, out: Path | None, compare: Path | None, bounds: tuple[str, ...],
+    chosen: tuple[str, ...], without: tuple[str, ...], device_name: str, threads: int | None,
+    repeats: int | None, quick: bool, out: Path | None, compare: Path | None,
+    bounds: tuple[str, ...],
 ) -> None:  # fmt: skip
     parse_bounds(bounds)
     old = results.load(compare) if compare else None
@@ -195,7 +206,10 @@ def main(
     if device.type == "cuda":  # the released step: float32 with TF32, for every provider alike
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     rounds = repeats or (QUICK_REPEATS if quick else REPEATS[device.type])
-    content = run_sections(chosen or SECTIONS, device, rounds, quick)
+    if out is None and not chosen and not quick:
+        count = torch.get_num_threads()
+        out = results.FOLDER / (results.slug(device, count) + ".json")
+    content = run_sections(chosen or SECTIONS, device, rounds, quick, without, out)
     click.echo(tables.report(content))
     header = content["header"]
     if max(header["load_before"][0], header["load_after"][0] - header["threads"]) > (
@@ -206,10 +220,7 @@ def main(
         click.echo("No GPU was measured: " + (
             "torch sees none." if not torch.cuda.is_available() else "--device cpu."
         ))  # fmt: skip
-    if out is None and not chosen and not quick:
-        out = results.FOLDER / (results.slug(device, header["threads"]) + ".json")
     if out is not None:
-        results.save(out, content)
         click.echo(f"wrote {out}")
     if old is not None:
         print_comparison(content, old)

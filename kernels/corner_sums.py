@@ -177,7 +177,10 @@ def plan(logits: Tensor, grid: Resampling, block_k: int, pixel_bytes: int) -> Pl
     splits = triton.cdiv(grid.y.reach, rows)
     image_bytes = 16 * splits * num_classes * (h + 1) * (w + 1)
     image_bytes += pixel_bytes * grid.y.out * grid.x.out
-    group = min(batch, max(1, SCRATCH_BYTES // image_bytes))
+    # A part of what upsampled logits would take, whose absence is the point.
+    upsampled = 4 * batch * num_classes * grid.y.out * grid.x.out
+    scratch = min(SCRATCH_BYTES, upsampled // 4)
+    group = min(batch, max(1, scratch // image_bytes))
     return Plan(group, splits, rows, tiles, block_k, class_blocks)
 
 

@@ -91,8 +91,15 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
         raise ValueError(f"{name}: expected classes and cells, got shape {tuple(logits.shape)}")
 
 
-def check_pair(logits_a: Tensor, logits_b: Tensor) -> None:
-    """Raise TypeError or ValueError where two students' logits cannot be compared."""
+def matched_pair(logits_a: Tensor, logits_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two students' logits, laid out alike where their shapes are.
+
+    The compiled kernel adds the classes of a pixel in an order that hangs on the strides: equal
+    logits of different strides would get confidences a rounding apart, and one would teach.
+
+    Raises:
+        TypeError, ValueError: they cannot be compared.
+    """
     check_logits(logits_a, "logits_a")
     check_logits(logits_b, "logits_b")
     if logits_a.shape[:2] != logits_b.shape[:2]:
@@ -100,6 +107,9 @@ def check_pair(logits_a: Tensor, logits_b: Tensor) -> None:
             f"logits_b: expected batch and classes {tuple(logits_a.shape[:2])} of logits_a, "
             f"got {tuple(logits_b.shape[:2])}"
         )
+    if logits_a.shape == logits_b.shape and logits_a.stride() != logits_b.stride():
+        return logits_a.contiguous(), logits_b.contiguous()
+    return logits_a, logits_b
 
 
 def pixel_tile(num_classes: int, element_size: int, resample: bool) -> tuple[int, int]:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .launch import (
     WARPS,
-    check_pair,
     device_guard,
     is_flat,
     is_wide,
     map_arguments,
+    matched_pair,
     pixel_tile,
     resampling,
 )
@@ -129,7 +129,7 @@ def stability_loss(
         TypeError: another dtype of logits.
         ValueError: another shape.
     """
-    check_pair(logits_a, logits_b)
+    logits_a, logits_b = matched_pair(logits_a, logits_b)
     batch, num_classes = logits_a.shape[:2]
     empty = [logits_a.new_empty(0, dtype=torch.float32) for _ in range(2)]
     if batch * height * width == 0:

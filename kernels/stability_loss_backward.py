@@ -28,11 +28,11 @@ from .corner_sums import (
 from .launch import (
     WARPS,
     Resampling,
-    check_pair,
     device_guard,
     is_flat,
     is_wide,
     map_arguments,
+    matched_pair,
     pixel_tile,
     resampling,
 )
@@ -365,7 +365,7 @@ def stability_loss_backward(
     Returns:
         Gradients in the logits' shapes and dtypes, contiguous; empty for the one not wanted.
     """
-    check_pair(logits_a, logits_b)
+    logits_a, logits_b = matched_pair(logits_a, logits_b)
     students = (logits_a, logits_b)
     needs = (need_a, need_b)
     grads = [

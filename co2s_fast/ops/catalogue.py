@@ -28,13 +28,14 @@ SCHEMAS: dict[str, str] = {
         " -> (Tensor, Tensor)"
     ),
     # -> sum over the pixels taken (or [B,H,W] map), counts int64 [2] = (valid, taken),
-    #    saved: d(sum)/d(logits) on the CPU when with_grad and not per_pixel, else empty
+    #    saved: d(sum)/d(logits) when with_grad and not per_pixel (on a GPU: where `saved_like`
+    #    says so), else empty
     "masked_cross_entropy": f"({_CROSS_ENTROPY_ARGS}, bool with_grad) -> (Tensor, Tensor, Tensor)",
     # -> gradient of the logits, in their dtype
     "masked_cross_entropy_backward": (
         f"(Tensor grad_loss, {_CROSS_ENTROPY_ARGS}, Tensor saved) -> Tensor"
     ),
-    # -> sums [2], counts int64 [2], saved_a, saved_b (on the CPU, as above)
+    # -> sums [2], counts int64 [2], saved_a, saved_b (as above)
     "stability_loss": (
         f"({_STABILITY_ARGS}, bool with_grad_a, bool with_grad_b)"
         " -> (Tensor, Tensor, Tensor, Tensor)"

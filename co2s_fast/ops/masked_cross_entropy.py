@@ -49,7 +49,7 @@ def _gradient(
 def _reference(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, per_pixel, align_corners, with_grad = args
     loss, counts = reference.masked_cross_entropy(logits, *inputs, per_pixel, align_corners)
-    saved = saved_like(logits, False)
+    saved = saved_like("masked_cross_entropy", logits, False, inputs[0].shape[1:])
     if with_grad and not per_pixel and logits.device.type == "cpu":
         saved = _gradient(torch.ones((), dtype=saved.dtype), logits, *inputs, align_corners)
     return loss, counts, saved
@@ -67,7 +67,8 @@ def _fake(logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     shape = target.shape if per_pixel else ()
     loss = logits.new_empty(shape, dtype=reference.wide(logits.dtype))
     counts = logits.new_empty((2,), dtype=torch.int64)
-    return loss, counts, saved_like(logits, with_grad and not per_pixel)
+    wanted = with_grad and not per_pixel
+    return loss, counts, saved_like("masked_cross_entropy", logits, wanted, target.shape[1:])
 
 
 def _fake_backward(grad_loss: Tensor, logits: Tensor, *args: Any) -> Tensor:

@@ -5,7 +5,7 @@ An op's own module calls `register` once for each of its catalogue entries.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -101,8 +101,24 @@ def may_scale_in_place(saved: Tensor, logits: Tensor) -> bool:
     )
 
 
-def saved_like(logits: Tensor, wanted: bool) -> Tensor:
-    """Uninitialised saved gradient: of the logits' shape on the CPU when wanted, else empty."""
-    shape = logits.shape if wanted and logits.device.type == "cpu" else (0,)
+# Up to so many classes the CUDA kernels find the gradient on the way to the loss (kMostTransposed
+# and kMostTransposedPair in csrc/ops/cuda/problems.h).
+FUSED_CLASSES = {"masked_cross_entropy": 16, "stability_loss": 8}
+
+
+def saved_like(name: str, logits: Tensor, wanted: bool, size: Sequence[int]) -> Tensor:
+    """Uninitialised saved gradient of op `name`: of the logits' shape where it saves one, or empty.
+
+    Every CPU backend saves a wanted gradient; on a GPU the CUDA kernels do, through the upsampling
+    to `size` and with few classes.
+    """
+    if wanted and logits.device.type == "cuda":
+        wanted = (
+            logits.dtype != torch.float64
+            and logits.shape[1] <= FUSED_CLASSES[name]
+            and tuple(logits.shape[2:]) != tuple(size)
+            and dispatch.backend(logits.device) == "cuda"
+        )
+    shape = logits.shape if wanted and logits.device.type in ("cpu", "cuda") else (0,)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return torch.empty(shape, dtype=dtype, device=logits.device)

@@ -74,10 +74,14 @@ def _reference_backward(
 
 
 def _fake(logits_a: Tensor, logits_b: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, with_grad_a, with_grad_b = args
+    _threshold, *size, _ignore_mask, _ignore_index, _align_corners, with_grad_a, with_grad_b = args
     sums = logits_a.new_empty((2,), dtype=reference.wide(logits_a.dtype))
     counts = logits_a.new_empty((2,), dtype=torch.int64)
-    return sums, counts, saved_like(logits_a, with_grad_a), saved_like(logits_b, with_grad_b)
+    saved = (
+        saved_like("stability_loss", z, wanted, size)
+        for z, wanted in ((logits_a, with_grad_a), (logits_b, with_grad_b))
+    )
+    return sums, counts, *saved
 
 
 def _fake_backward(

@@ -80,20 +80,26 @@ def cross_entropy_truth(case: Case, x: Inputs, per_pixel: bool) -> tuple[Tensor,
     return loss.detach(), counts, z.grad
 
 
+def mix(x: Inputs, maps: Tensor) -> Tensor:
+    """The maps read through the boxes, by the reference whatever backend is under test."""
+    if x.cutmix is None:
+        return maps
+    return reference.paste(maps, x.cutmix.boxes, x.cutmix.partner)
+
+
 def cross_entropy_eager(case: Case, x: Inputs) -> tuple[Tensor, Tensor] | None:
     """Sum and gradient of 1.7 · sum as training code has it, in the logits' dtype."""
     if not case.batch or case.values == "nan":
         return None  # F.interpolate and the multiplication by a mask do not survive these
     z = x.a.detach().clone().requires_grad_()
-    mix = x.cutmix.mix_maps if x.cutmix else (lambda maps: maps)
-    target = mix(x.target).long()
+    target = mix(x, x.target).long()
     full = F.interpolate(z, case.size, mode="bilinear", align_corners=case.align_corners)
     weight = None if x.class_weight is None else x.class_weight.to(z.dtype)
     loss = F.cross_entropy(full, target, weight=weight, ignore_index=255, reduction="none")
     if x.confidence is not None:
-        loss = loss * (mix(x.confidence) >= 0.95)
+        loss = loss * (mix(x, x.confidence) >= 0.95)
     if x.ignore_mask is not None:
-        loss = loss * (mix(x.ignore_mask) != 255)
+        loss = loss * (mix(x, x.ignore_mask) != 255)
     total = loss.sum()
     (total * 1.7).backward()
     return total.detach(), z.grad

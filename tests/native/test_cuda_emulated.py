@@ -16,6 +16,7 @@ import torch
 from builds import REPOSITORY, cmake_build
 
 from co2s_fast.ops import catalogue, reference
+from co2s_fast.ops.registration import FUSED_CLASSES
 
 pytestmark = pytest.mark.slow
 
@@ -113,38 +114,50 @@ def check_cross_entropy(ops, grid, classes, dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     mixed = (confidence, 0.5, (target == 1).int() * 255, 255)
     own = (z, target, *mixed, weight.to(wide), boxes, partner, False, False)
-    loss, counts, saved = ops.masked_cross_entropy(*own, True)
+    fused = classes <= FUSED_CLASSES["masked_cross_entropy"] and dtype != torch.float64
+    fused = fused and GRIDS[grid][0] != GRIDS[grid][1]
     scale = torch.tensor(1.3, dtype=wide)
-    gradient = ops.masked_cross_entropy_backward(scale, *own, saved)
     exact = z.double().requires_grad_()
     truth, truth_counts = reference.masked_cross_entropy(
         exact, target, *mixed, weight.to(wide).double(), boxes, partner, False, False
     )
     (truth * scale.double()).backward()
-    assert counts.tolist() == truth_counts.tolist()
-    assert saved.shape == (0,) and loss.dtype == wide and gradient.dtype == dtype
-    close(loss, truth.detach(), wide, grid, f"loss, {dtype}")
-    close(gradient, exact.grad, dtype, grid, f"gradient, {dtype}")
+    for with_grad in (True, False):
+        loss, counts, saved = ops.masked_cross_entropy(*own, with_grad)
+        gradient = ops.masked_cross_entropy_backward(scale, *own, saved)
+        assert counts.tolist() == truth_counts.tolist()
+        assert saved.shape == (z.shape if with_grad and fused else (0,)) and saved.dtype == wide
+        assert loss.dtype == wide and gradient.dtype == dtype
+        close(loss, truth.detach(), wide, grid, f"loss, {dtype}")
+        close(gradient, exact.grad, dtype, grid, f"gradient, {dtype}")
 
 
 def check_stability(ops, grid, classes, dtype):
     a, b, target, _, _ = draw(grid, classes, dtype, seed=2)
     height, width = target.shape[1:]
     own = (0.4, height, width, target, 255, grid in FRACTIONS)  # align_corners makes fractions
-    sums, counts, saved, _ = ops.stability_loss(a, b, *own, True, True)
-    scale = torch.tensor([1.7, -0.6], dtype=sums.dtype)
+    fused = classes <= FUSED_CLASSES["stability_loss"] and dtype != torch.float64
+    fused = fused and GRIDS[grid][0] != GRIDS[grid][1]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.tensor([1.7, -0.6], dtype=wide)
     exact = [x.double().requires_grad_() for x in (a, b)]
     truth, truth_counts = reference.stability_loss(*exact, *own)
     (truth * scale.double()).sum().backward()
-    if counts.tolist() != truth_counts.tolist():  # a decision at the edge of rounding
-        pytest.fail(f"counts {counts.tolist()}, not {truth_counts.tolist()}, {dtype}")
-    close(sums, truth.detach(), sums.dtype, grid, f"sums, {dtype}")
     for need in ((True, True), (True, False), (False, True)):
-        gradients = ops.stability_loss_backward(scale, a, b, *own, *need, saved, saved)
-        for z, wanted, gradient in zip(exact, need, gradients, strict=True):
-            assert gradient.shape == (z.shape if wanted else (0,)) and gradient.dtype == dtype
-            if wanted:
-                close(gradient, z.grad, dtype, grid, f"gradient, {dtype}")
+        for save in (need, (False, False)):
+            sums, counts, *saved = ops.stability_loss(a, b, *own, *save)
+            if counts.tolist() != truth_counts.tolist():  # a decision at the edge of rounding
+                pytest.fail(f"counts {counts.tolist()}, not {truth_counts.tolist()}, {dtype}")
+            assert sums.dtype == wide
+            close(sums, truth.detach(), wide, grid, f"sums, {dtype}")
+            gradients = ops.stability_loss_backward(scale, a, b, *own, *need, *saved)
+            for z, wanted, kept, held, gradient in zip(
+                exact, need, save, saved, gradients, strict=True
+            ):
+                assert held.shape == (z.shape if kept and fused else (0,)) and held.dtype == wide
+                assert gradient.shape == (z.shape if wanted else (0,)) and gradient.dtype == dtype
+                if wanted:
+                    close(gradient, z.grad, dtype, grid, f"gradient, {dtype}")
 
 
 @pytest.mark.parametrize("grid", GRIDS)

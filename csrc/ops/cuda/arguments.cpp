@@ -146,9 +146,9 @@ Choice choose(const LogitsView* logits, int students, bool equal, int64_t batch,
   return choice;
 }
 
-at::Tensor new_partials(const PixelBlocks& blocks, const at::Tensor& on) {
+at::Tensor new_partials(int64_t blocks, const at::Tensor& on) {
   static_assert(sizeof(Partial) == 4 * sizeof(int64_t));
-  return at::empty({std::max<int64_t>(blocks.all, 1), 4}, on.options().dtype(at::kLong));
+  return at::empty({std::max<int64_t>(blocks, 1), 4}, on.options().dtype(at::kLong));
 }
 
 int64_t images_at_once(int64_t batch, int64_t height, int64_t width, int64_t bytes_a_pixel) {

@@ -63,7 +63,14 @@ struct Choice {
 Choice choose(const LogitsView* logits, int students, bool equal, int64_t batch, int64_t height,
               int64_t width);
 
-at::Tensor new_partials(const PixelBlocks& blocks, const at::Tensor& on);
+at::Tensor new_partials(int64_t blocks, const at::Tensor& on);
+
+// How many tiles make_tiles cuts the batch into, for all classes of `gradients` students.
+template <class T>
+int64_t count_tiles(const Grid<T>& grid, const LogitsView& logits, int registers, int gradients) {
+  return count_tiles(make_tiles(grid, logits.batch, logits.classes, registers, gradients),
+                     logits.batch);
+}
 
 inline Partial* partials(const at::Tensor& tensor) {
   return static_cast<Partial*>(tensor.data_ptr());

@@ -79,26 +79,39 @@ template <class T> Prepared<T> prepare(const Inputs& in) {
 }
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in, bool per_pixel) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in, bool per_pixel,
+                                                       bool with_grad) {
   const OnDeviceOf device(in.logits);
   Prepared<T> prepared = prepare<T>(in);
   CrossEntropyProblem<T>& problem = prepared.problem;
   const auto wide = in.logits.options().dtype(wide_dtype(in.logits));
   const auto whole = in.logits.options().dtype(at::kLong);
-  const at::Tensor saved = at::empty({0}, wide); // the backward recomputes: fewer bytes move
+  // Through up() the gradient is small, and one walk finds it with the loss. On equal grids it is
+  // as large as the logits: there the backward computes it again, and fewer bytes move.
+  const bool fused = with_grad && !per_pixel && !problem.grid.equal &&
+                     has_fused_gradient(problem.registers, kMostTransposed);
+  const at::Tensor saved =
+      fused ? at::empty(in.logits.sizes(), wide, at::MemoryFormat::Contiguous)
+            : at::empty({0}, wide);
   if (prepared.empty) {
     return {at::zeros(per_pixel ? in.target.sizes() : at::IntArrayRef{}, wide),
             at::zeros({2}, whole), saved};
   }
   at::Tensor loss = at::empty(per_pixel ? in.target.sizes() : at::IntArrayRef{}, wide);
   at::Tensor counts = at::empty({2}, whole);
-  const at::Tensor partial = new_partials(problem.blocks, in.logits);
+  int64_t blocks = problem.blocks.all;
+  if (fused) blocks = count_tiles(problem.grid, problem.logits, problem.registers, 1);
+  const at::Tensor partial = new_partials(blocks, in.logits);
   problem.partial = partials(partial);
-  if (per_pixel) problem.loss_map = loss.mutable_data_ptr<T>();
-  launch_cross_entropy(problem, device.stream());
-  launch_sum_partials<T>(problem.partial, problem.blocks.all, per_pixel ? 0 : 1,
-                         loss.mutable_data_ptr<T>(), counts.mutable_data_ptr<int64_t>(),
-                         device.stream());
+  if (fused) {
+    problem.gradient = saved.data_ptr();
+    launch_cross_entropy_with_gradient(problem, device.stream());
+  } else {
+    if (per_pixel) problem.loss_map = loss.mutable_data_ptr<T>();
+    launch_cross_entropy(problem, device.stream());
+  }
+  launch_sum_partials<T>(problem.partial, blocks, per_pixel ? 0 : 1, loss.mutable_data_ptr<T>(),
+                         counts.mutable_data_ptr<int64_t>(), device.stream());
   return {loss, counts, saved};
 }
 
@@ -148,19 +161,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_cross_entropy(
     const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& confidence,
     double threshold, const OptionalTensor& ignore_mask, int64_t ignore_index,
     const OptionalTensor& class_weight, const OptionalTensor& boxes, const OptionalTensor& partner,
-    bool per_pixel, bool align_corners, bool /*with_grad*/) {
+    bool per_pixel, bool align_corners, bool with_grad) {
   const Inputs in{logits,       target,       confidence, threshold, ignore_mask,
                   ignore_index, class_weight, boxes,      partner,   align_corners};
-  return logits.scalar_type() == at::kDouble ? forward<double>(in, per_pixel)
-                                             : forward<float>(in, per_pixel);
+  return logits.scalar_type() == at::kDouble ? forward<double>(in, per_pixel, with_grad)
+                                             : forward<float>(in, per_pixel, with_grad);
 }
 
 at::Tensor masked_cross_entropy_backward(
     const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
     const OptionalTensor& confidence, double threshold, const OptionalTensor& ignore_mask,
     int64_t ignore_index, const OptionalTensor& class_weight, const OptionalTensor& boxes,
-    const OptionalTensor& partner, bool per_pixel, bool align_corners,
-    const at::Tensor& /*saved*/) {
+    const OptionalTensor& partner, bool per_pixel, bool align_corners, const at::Tensor& saved) {
+  if (!per_pixel && saved.dim() == 4) return saved.mul(grad_loss).to(logits.scalar_type());
   const Inputs in{logits,       target,       confidence, threshold, ignore_mask,
                   ignore_index, class_weight, boxes,      partner,   align_corners};
   return logits.scalar_type() == at::kDouble ? backward<double>(grad_loss, in, per_pixel)

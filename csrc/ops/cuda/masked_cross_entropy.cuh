@@ -62,6 +62,17 @@ __device__ __forceinline__ void pixel_slope(T (&z)[N], int32_t label, T weight) 
   for (int k = 0; k < N; ++k) z[k] = cross_entropy_slope(z[k], scaled, k == label, weight);
 }
 
+// z becomes the slope; returns the loss.
+template <class T, int N>
+__device__ __forceinline__ T pixel_loss_and_slope(T (&z)[N], int32_t label, T weight) {
+  T shifted_label;
+  const T sum = exponentials_and_label(z, label, &shifted_label);
+  const T scaled = weight / sum;
+#pragma unroll
+  for (int k = 0; k < N; ++k) z[k] = cross_entropy_slope(z[k], scaled, k == label, weight);
+  return cross_entropy(sum, shifted_label, weight);
+}
+
 // The slope of class k where `statistics` came from a pass before.
 template <class T>
 __device__ __forceinline__ T slope_of_class(T z, int32_t k,

@@ -1,8 +1,8 @@
 // Gradient of masked_cross_entropy, recomputed from the logits: no probability was stored.
 //
-// Equal grids: one read where a pixel is taken, one write. Through up(): tiles of cells; of more
-// classes than registers hold, a first kernel writes 16 bytes a pixel, after which blocks of
-// kChunk classes are independent.
+// Equal grids: one read where a pixel is taken, one write. Through up(): tiles of cells, whose walk
+// finds the loss on its way where both are wanted; of more classes than registers hold, a first
+// kernel writes 16 bytes a pixel, after which blocks of kChunk classes are independent.
 #include "ops/cuda/masked_cross_entropy.cuh"
 #include "ops/cuda/transpose.cuh"
 
@@ -76,24 +76,28 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Where the slopes come from: the pixels' statistics, or the logits alone; or, with the loss.
+enum class From { kStatistics, kLogits, kLogitsWithLoss };
+
 // A column of pixels: N classes from the tile's chunk on.
-template <class S, int N, bool Statistics> struct CrossEntropyBody {
+template <class S, int N, From Source> struct CrossEntropyBody {
   using T = Wide<S>;
 
-  __device__ __forceinline__ CrossEntropyBody(const CrossEntropyProblem<T>& of, const Tile& tile)
-      : problem(of), group_image(tile.image), image(of.first_image + tile.image),
+  __device__ __forceinline__ CrossEntropyBody(const CrossEntropyProblem<T>& of, const Tile& of_tile)
+      : problem(of), tile(of_tile), group_image(tile.image), image(of.first_image + tile.image),
         first_class(tile.chunk * N),
         classes(smaller(N, static_cast<int32_t>(of.logits.classes) - first_class)),
         mix(load_mix(of.maps.mix, of.maps.batch, image)) {}
 
   __device__ __forceinline__ void start(int32_t column, const Tap<T, int32_t>& tap) {
     x = column;
-    next_y = -1;
+    own_column = tap.index0 >= tile.column;
+    labels.start();
     logits.start(problem.logits, image, tap, first_class, classes);
   }
 
   __device__ __forceinline__ bool gradient(int32_t y, const Tap<T, int32_t>& tap, T (&g)[N]) {
-    if constexpr (Statistics) {
+    if constexpr (Source == From::kStatistics) {
       const CrossEntropyStatistics<T> statistics =
           problem.statistics[(group_image * problem.grid.y.out + y) * problem.grid.x.out + x];
       if (statistics.label < 0) return false;
@@ -102,50 +106,61 @@ template <class S, int N, bool Statistics> struct CrossEntropyBody {
 #pragma unroll
       for (int k = 0; k < N; ++k) g[k] = slope_of_class(g[k], first_class + k, statistics);
     } else {
-      const int32_t label = y == next_y ? next_label : label_at(y);
-      next_y = y + 1; // read ahead: the arithmetic below hides the wait
-      next_label = next_y < problem.grid.y.out ? label_at(next_y) : kNotTaken;
-      if (label < 0) return false;
+      const PixelLabel pixel = labels.next(problem.maps, mix, image, y, x, problem.grid.y.out);
+      const bool own = own_column && tap.index0 >= tile.row;
+      if (Source == From::kLogitsWithLoss && own) {
+        sums.count[0] += pixel.valid;
+        sums.count[1] += pixel.label >= 0;
+      }
+      if (pixel.label < 0) return false;
       logits.seek(tap.index0);
       logits.get(tap, g);
-      const int64_t pixel = (image * problem.grid.y.out + y) * problem.grid.x.out + x;
-      pixel_slope(g, label, slope_weight(problem, label, pixel));
+      if constexpr (Source == From::kLogitsWithLoss) {
+        const T loss = pixel_loss_and_slope(g, pixel.label, class_weight(problem, pixel.label));
+        if (own) sums.value[0] += loss;
+      } else {
+        const int64_t index = (image * problem.grid.y.out + y) * problem.grid.x.out + x;
+        pixel_slope(g, pixel.label, slope_weight(problem, pixel.label, index));
+      }
     }
     return true;
   }
 
-  __device__ __forceinline__ int32_t label_at(int32_t y) const {
-    return read_pixel(problem.maps, mix, image, y, x).label;
-  }
-
+  // The gradient that the forward saves is not rounded yet: it has still to be scaled.
   __device__ __forceinline__ void store(int, int32_t k, int32_t i, int32_t j, T value) const {
+    using Stored = std::conditional_t<Source == From::kLogitsWithLoss, T, S>;
     const int64_t plane = image * problem.logits.classes + first_class + k;
-    static_cast<S*>(problem.gradient)[(plane * problem.grid.y.in + i) * problem.grid.x.in + j] =
-        static_cast<S>(value);
+    static_cast<Stored*>(
+        problem.gradient)[(plane * problem.grid.y.in + i) * problem.grid.x.in + j] =
+        static_cast<Stored>(value);
   }
 
   const CrossEntropyProblem<T>& problem;
+  const Tile& tile;
   int64_t group_image, image;
   int32_t first_class, classes;
   Mix mix;
   Column<S, N> logits;
-  int32_t x, next_y, next_label;
+  LabelColumn labels;
+  int32_t x;
+  bool own_column; // of two tiles that visit a pixel, the one with its cell index0 counts it
+  ThreadSums<1> sums;
 };
 
-template <class S, int N, bool Statistics>
+template <class S, int N, From Source>
 __global__ void __launch_bounds__(kTileThreads)
-    masked_cross_entropy_backward_up(const CrossEntropyProblem<Wide<S>> problem,
-                                     const Tiles tiles) {
+    masked_cross_entropy_tiles(const CrossEntropyProblem<Wide<S>> problem, const Tiles tiles) {
   const Tile tile = tile_of_block(tiles, problem.grid.y.in, problem.grid.x.in, blockIdx.x);
-  CrossEntropyBody<S, N, Statistics> body(problem, tile);
+  CrossEntropyBody<S, N, Source> body(problem, tile);
   transpose_tile<Wide<S>, 1, N>(problem.grid, tiles, tile, body.classes, body);
+  if constexpr (Source == From::kLogitsWithLoss) store_partial(problem.partial, body.sums);
 }
 
-template <class S, int N, bool Statistics>
+template <class S, int N, From Source>
 void launch_tiles(const CrossEntropyProblem<Wide<S>>& problem, Stream stream) {
   using T = Wide<S>;
   const Tiles tiles = make_tiles(problem.grid, problem.images, problem.logits.classes, N, 1);
-  launch(masked_cross_entropy_backward_up<S, N, Statistics>, count_tiles(tiles, problem.images),
+  launch(masked_cross_entropy_tiles<S, N, Source>, count_tiles(tiles, problem.images),
          dim3(tiles.threads), tile_bytes(tiles, N, 1, sizeof(T)), stream, problem, tiles);
 }
 
@@ -160,15 +175,27 @@ void launch_cross_entropy_backward(const CrossEntropyProblem<T>& problem, Stream
       launch(masked_cross_entropy_backward_equal<S, N>, problem.blocks.all, dim3(kThreads), 0,
              stream, problem);
     } else if constexpr (N > 0 && N <= kMostTransposed) {
-      launch_tiles<S, N, false>(problem, stream);
+      launch_tiles<S, N, From::kLogits>(problem, stream);
     } else {
       launch(masked_cross_entropy_statistics<S>, problem.blocks.all,
              dim3(kColumns, kThreads / kColumns), 0, stream, problem);
-      launch_tiles<S, kChunk, true>(problem, stream);
+      launch_tiles<S, kChunk, From::kStatistics>(problem, stream);
     }
   });
 }
 
+template <class T>
+void launch_cross_entropy_with_gradient(const CrossEntropyProblem<T>& problem, Stream stream) {
+  with_kernel<T>(problem.logits.dtype, problem.registers, [&](auto storage, auto registers) {
+    constexpr int N = decltype(registers)::value;
+    if constexpr (N > 0 && N <= kMostTransposed) {
+      launch_tiles<decltype(storage), N, From::kLogitsWithLoss>(problem, stream);
+    }
+  });
+}
+
+template void launch_cross_entropy_with_gradient(const CrossEntropyProblem<float>&, Stream);
+template void launch_cross_entropy_with_gradient(const CrossEntropyProblem<double>&, Stream);
 template void launch_cross_entropy_backward(const CrossEntropyProblem<float>&, Stream);
 template void launch_cross_entropy_backward(const CrossEntropyProblem<double>&, Stream);
 

@@ -64,8 +64,11 @@ __global__ void __launch_bounds__(kThreads)
     const Mix mix = load_mix(problem.maps.mix, problem.maps.batch, at.image);
     Column<S, N> column;
     if constexpr (N > 0) column.start(problem.logits, at.image, x, 0, classes);
+    LabelColumn labels;
+    labels.start();
     for (int32_t row = at.y; row < at.y_end; ++row) {
-      const PixelLabel pixel = read_pixel(problem.maps, mix, at.image, row, at.x);
+      const PixelLabel pixel =
+          labels.next(problem.maps, mix, at.image, row, at.x, problem.grid.y.out);
       sums.count[0] += pixel.valid;
       T loss = 0;
       if (pixel.label >= 0) {

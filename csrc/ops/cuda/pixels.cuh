@@ -15,9 +15,12 @@ __device__ __forceinline__ Mix load_mix(const BoxesView& boxes, int64_t batch, i
   Mix mix{{0, 0, 0, 0}, image};
   if (boxes.boxes == nullptr) return mix;
   const int64_t partner = boxes.partner[image];
-  if (partner < 0 || partner >= batch) return mix;
-  for (int i = 0; i < 4; ++i) mix.box[i] = boxes.boxes[4 * image + i];
-  mix.partner = partner;
+  const bool exists = partner >= 0 && partner < batch;
+  for (int i = 0; i < 4; ++i) { // read beside the partner, not after it
+    const int32_t edge = boxes.boxes[4 * image + i];
+    mix.box[i] = exists ? edge : 0;
+  }
+  mix.partner = exists ? partner : image;
   return mix;
 }
 
@@ -65,6 +68,111 @@ __device__ __forceinline__ PixelLabel read_pixel(const PixelMaps& maps, const Mi
   }
   return {taken ? label : kNotTaken, valid};
 }
+
+// ---- a column of pixels, kAhead rows at a time: one after the other, each would wait for memory
+
+constexpr int kAhead = 4;
+
+// value[i] = map at offset[i]. One branch on the dtype, so that all reads are under way together.
+__device__ __forceinline__ void read_integers(const MapView& map, const int64_t (&offset)[kAhead],
+                                              int64_t (&value)[kAhead]) {
+  const auto read = [&](const auto* data) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) value[i] = data[offset[i]];
+  };
+  switch (map.dtype) {
+  case Dtype::kInt64: read(static_cast<const int64_t*>(map.data)); break;
+  case Dtype::kInt32: read(static_cast<const int32_t*>(map.data)); break;
+  default: read(static_cast<const uint8_t*>(map.data));
+  }
+}
+
+// Offsets of the rows from `y` on in column `x`, below the last row that row again; through the
+// box, of the image they are read from.
+__device__ __forceinline__ void offsets_in(const MapView& map, const Mix& mix, int64_t image,
+                                           int32_t y, int32_t x, int32_t height,
+                                           int64_t (&offset)[kAhead]) {
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const int32_t row = smaller(y + i, height - 1);
+    offset[i] = offset_in(map, inside_box(mix.box, row, x) ? mix.partner : image, row, x);
+  }
+}
+
+// The pixels that read_pixel finds, going down a column.
+struct LabelColumn {
+  PixelLabel ahead[kAhead];
+  int32_t left;
+
+  __device__ __forceinline__ void start() { left = 0; }
+
+  // Of row `y`; `height` rows there are. Rows follow each other from the first call on.
+  __device__ __forceinline__ PixelLabel next(const PixelMaps& maps, const Mix& mix, int64_t image,
+                                             int32_t y, int32_t x, int32_t height) {
+    if (left == 0) {
+      read(maps, mix, image, y, x, height);
+      left = kAhead;
+    }
+    const PixelLabel pixel = ahead[0];
+#pragma unroll
+    for (int i = 1; i < kAhead; ++i) ahead[i - 1] = ahead[i];
+    --left;
+    return pixel;
+  }
+
+private:
+  __device__ __forceinline__ void read(const PixelMaps& maps, const Mix& mix, int64_t image,
+                                       int32_t y, int32_t x, int32_t height) {
+    int64_t offset[kAhead], target[kAhead], ignore[kAhead];
+    bool sure[kAhead];
+    offsets_in(maps.target, mix, image, y, x, height, offset);
+    read_integers(maps.target, offset, target);
+    if (maps.ignore_mask.data != nullptr) {
+      offsets_in(maps.ignore_mask, mix, image, y, x, height, offset);
+      read_integers(maps.ignore_mask, offset, ignore);
+    }
+    if (maps.confidence.data != nullptr) {
+      offsets_in(maps.confidence, mix, image, y, x, height, offset);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) sure[i] = is_sure(maps, offset[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int32_t label = checked_label(target[i], maps.classes, maps.ignore_index);
+      bool valid = label >= 0;
+      if (maps.ignore_mask.data != nullptr) valid = valid && ignore[i] != maps.ignore_index;
+      bool taken = valid;
+      if (maps.confidence.data != nullptr) taken = taken && sure[i];
+      ahead[i] = {taken ? label : kNotTaken, valid};
+    }
+  }
+};
+
+// What is_unmasked says, going down a column.
+struct MaskColumn {
+  bool ahead[kAhead];
+  int32_t left;
+
+  __device__ __forceinline__ void start() { left = 0; }
+
+  __device__ __forceinline__ bool next(const PixelMaps& maps, int64_t image, int32_t y, int32_t x,
+                                       int32_t height) {
+    if (maps.ignore_mask.data == nullptr) return true;
+    if (left == 0) {
+      int64_t offset[kAhead], ignore[kAhead];
+      offsets_in(maps.ignore_mask, {{0, 0, 0, 0}, image}, image, y, x, height, offset);
+      read_integers(maps.ignore_mask, offset, ignore);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) ahead[i] = ignore[i] != maps.ignore_index;
+      left = kAhead;
+    }
+    const bool unmasked = ahead[0];
+#pragma unroll
+    for (int i = 1; i < kAhead; ++i) ahead[i - 1] = ahead[i];
+    --left;
+    return unmasked;
+  }
+};
 
 // Whether the ignore mask, if there is one, lets the pixel count.
 __device__ __forceinline__ bool is_unmasked(const PixelMaps& maps, int64_t image, int32_t y,

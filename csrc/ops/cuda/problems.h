@@ -33,6 +33,11 @@ constexpr int vector_bytes(int registers, int students, int item) {
 // of two) it reads them in passes, kChunk classes a block.
 constexpr int kMostTransposed = 16, kMostTransposedPair = 8, kChunk = 8;
 
+// Whether one walk through up() finds the loss and its gradient, of so many registers a student.
+constexpr bool has_fused_gradient(int registers, int most) {
+  return registers > 0 && registers <= most;
+}
+
 // Where a pixel's label, confidence and padding are read. See co2s::MapView for their strides.
 struct PixelMaps {
   MapView target, confidence, ignore_mask; // [B,H,W]
@@ -117,6 +122,10 @@ constexpr int64_t kCrossEntropyStatisticsItems = 4, kStabilityStatisticsItems = 
 template <class T> void launch_softmax_confidence(const ConfidenceProblem<T>&, Stream);
 template <class T> void launch_cross_entropy(const CrossEntropyProblem<T>&, Stream);
 template <class T> void launch_cross_entropy_backward(const CrossEntropyProblem<T>&, Stream);
+// The loss and, in `gradient`, its gradient of dtype T. Where has_fused_gradient says so, not on
+// equal grids; a partial sum for each of the tiles of make_tiles.
+template <class T> void launch_cross_entropy_with_gradient(const CrossEntropyProblem<T>&, Stream);
+template <class T> void launch_stability_with_gradients(const StabilityProblem<T>&, Stream);
 template <class T> void launch_stability(const StabilityProblem<T>&, Stream);
 template <class T> void launch_stability_backward(const StabilityProblem<T>&, Stream);
 template <class T> void launch_confusion_matrix(const ConfusionProblem<T>&, Stream);

@@ -52,22 +52,40 @@ template <class T> StabilityProblem<T> prepare(const Inputs& in) {
 }
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in,
+                                                                   bool with_grad_a,
+                                                                   bool with_grad_b) {
   const OnDeviceOf device(in.logits_a);
   StabilityProblem<T> problem = prepare<T>(in);
   const auto wide = in.logits_a.options().dtype(wide_dtype(in.logits_a));
   const auto whole = in.logits_a.options().dtype(at::kLong);
+  // As for the cross-entropy: through up() one walk finds the gradients with the loss.
+  const bool can_fuse =
+      !problem.grid.equal && has_fused_gradient(problem.registers, kMostTransposedPair);
+  const bool want[] = {with_grad_a && can_fuse, with_grad_b && can_fuse};
+  const bool fused = want[0] || want[1];
+  at::Tensor saved[2];
+  for (int i = 0; i < 2; ++i) {
+    saved[i] = want[i] ? at::empty(in.logits_a.sizes(), wide, at::MemoryFormat::Contiguous)
+                       : at::empty({0}, wide);
+    problem.gradient[i] = want[i] ? saved[i].data_ptr() : nullptr;
+  }
   if (problem.logits[0].batch == 0) {
-    return {at::zeros({2}, wide), at::zeros({2}, whole), at::empty({0}, wide),
-            at::empty({0}, wide)};
+    return {at::zeros({2}, wide), at::zeros({2}, whole), saved[0], saved[1]};
   }
   at::Tensor sums = at::empty({2}, wide), counts = at::empty({2}, whole);
-  const at::Tensor partial = new_partials(problem.blocks, in.logits_a);
+  int64_t blocks = problem.blocks.all;
+  if (fused) blocks = count_tiles(problem.grid, problem.logits[0], problem.registers, 2);
+  const at::Tensor partial = new_partials(blocks, in.logits_a);
   problem.partial = partials(partial);
-  launch_stability(problem, device.stream());
-  launch_sum_partials<T>(problem.partial, problem.blocks.all, 2, sums.mutable_data_ptr<T>(),
+  if (fused) {
+    launch_stability_with_gradients(problem, device.stream());
+  } else {
+    launch_stability(problem, device.stream());
+  }
+  launch_sum_partials<T>(problem.partial, blocks, 2, sums.mutable_data_ptr<T>(),
                          counts.mutable_data_ptr<int64_t>(), device.stream());
-  return {sums, counts, at::empty({0}, wide), at::empty({0}, wide)};
+  return {sums, counts, saved[0], saved[1]};
 }
 
 // Through up(), many classes: groups of images, so that the scratch stays small.
@@ -119,17 +137,25 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_sums, const I
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stability_loss(
     const at::Tensor& logits_a, const at::Tensor& logits_b, double threshold, int64_t height,
     int64_t width, const OptionalTensor& ignore_mask, int64_t ignore_index, bool align_corners,
-    bool /*with_grad_a*/, bool /*with_grad_b*/) {
+    bool with_grad_a, bool with_grad_b) {
   const Inputs in{logits_a,    logits_b,     threshold,    height, width,
                   ignore_mask, ignore_index, align_corners};
-  return logits_a.scalar_type() == at::kDouble ? forward<double>(in) : forward<float>(in);
+  return logits_a.scalar_type() == at::kDouble ? forward<double>(in, with_grad_a, with_grad_b)
+                                               : forward<float>(in, with_grad_a, with_grad_b);
 }
 
 std::tuple<at::Tensor, at::Tensor> stability_loss_backward(
     const at::Tensor& grad_sums, const at::Tensor& logits_a, const at::Tensor& logits_b,
     double threshold, int64_t height, int64_t width, const OptionalTensor& ignore_mask,
     int64_t ignore_index, bool align_corners, bool need_a, bool need_b,
-    const at::Tensor& /*saved_a*/, const at::Tensor& /*saved_b*/) {
+    const at::Tensor& saved_a, const at::Tensor& saved_b) {
+  if ((!need_a || saved_a.dim() == 4) && (!need_b || saved_b.dim() == 4)) {
+    const auto scaled = [&](bool need, const at::Tensor& saved, int64_t i) {
+      return need ? saved.mul(grad_sums.select(0, i)).to(logits_a.scalar_type())
+                  : at::empty({0}, logits_a.options());
+    };
+    return {scaled(need_a, saved_a, 0), scaled(need_b, saved_b, 1)};
+  }
   const Inputs in{logits_a,    logits_b,     threshold,    height, width,
                   ignore_mask, ignore_index, align_corners};
   return logits_a.scalar_type() == at::kDouble ? backward<double>(grad_sums, in, need_a, need_b)

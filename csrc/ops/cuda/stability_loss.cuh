@@ -46,6 +46,15 @@ __device__ __forceinline__ Comparison<T> compare(T (&p)[N], T (&q)[N], T thresho
   return found;
 }
 
+// The pixel's share of the sums and counts.
+template <class T>
+__device__ __forceinline__ void add(ThreadSums<2>& sums, const Comparison<T>& found) {
+  if (found.a_learns) sums.value[0] += found.squares;
+  if (found.b_learns) sums.value[1] += found.squares;
+  sums.count[0] += found.a_learns;
+  sums.count[1] += found.b_learns;
+}
+
 template <class T, class Z>
 __device__ __forceinline__ Comparison<T> compare_in_passes(const Z& a, const Z& b, int32_t classes,
                                                            T threshold,

@@ -1,6 +1,7 @@
 // Gradients of stability_loss, recomputed from the logits: both students' from one walk.
 //
-// Equal grids: one read, one write. Through up(): tiles of cells, as for the cross-entropy.
+// Equal grids: one read, one write. Through up(): tiles of cells, as for the cross-entropy, and the
+// loss with them.
 #include "ops/cuda/stability_loss.cuh"
 #include "ops/cuda/transpose.cuh"
 
@@ -92,25 +93,36 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Where the slopes come from: the pixels' statistics, or the logits alone; or, with the loss.
+enum class From { kStatistics, kLogits, kLogitsWithLoss };
+
 // A column of pixels: N classes of both students from the tile's chunk on.
-template <class S, int N, bool Statistics> struct StabilityBody {
+template <class S, int N, From Source> struct StabilityBody {
   using T = Wide<S>;
 
-  __device__ __forceinline__ StabilityBody(const StabilityProblem<T>& of, const Tile& tile)
-      : problem(of), group_image(tile.image), image(of.first_image + tile.image),
+  __device__ __forceinline__ StabilityBody(const StabilityProblem<T>& of, const Tile& of_tile)
+      : problem(of), tile(of_tile), group_image(tile.image), image(of.first_image + tile.image),
         first_class(tile.chunk * N),
-        classes(smaller(N, static_cast<int32_t>(of.logits[0].classes) - first_class)),
-        scale{of.upstream[0], of.upstream[1]} {}
+        classes(smaller(N, static_cast<int32_t>(of.logits[0].classes) - first_class)) {
+    if constexpr (Source == From::kLogitsWithLoss) {
+      scale[0] = scale[1] = T(1);
+    } else {
+      scale[0] = of.upstream[0];
+      scale[1] = of.upstream[1];
+    }
+  }
 
   __device__ __forceinline__ void start(int32_t column, const Tap<T, int32_t>& tap) {
     x = column;
+    own_column = tap.index0 >= tile.column;
+    mask.start();
     a.start(problem.logits[0], image, tap, first_class, classes);
     b.start(problem.logits[1], image, tap, first_class, classes);
   }
 
   __device__ __forceinline__ bool gradient(int32_t y, const Tap<T, int32_t>& tap, T (&g)[2 * N]) {
     T p[N], q[N];
-    if constexpr (Statistics) {
+    if constexpr (Source == From::kStatistics) {
       const StabilityStatistics<T> statistics =
           problem.statistics[(group_image * problem.grid.y.out + y) * problem.grid.x.out + x];
       if (!statistics.a_learns && !statistics.b_learns) return false;
@@ -118,9 +130,12 @@ template <class S, int N, bool Statistics> struct StabilityBody {
 #pragma unroll
       for (int k = 0; k < N; ++k) class_slopes(p[k], q[k], statistics, scale);
     } else {
-      if (!is_unmasked(problem.maps, image, y, x)) return false;
+      if (!mask.next(problem.maps, image, y, x, problem.grid.y.out)) return false;
       read(tap, p, q);
       const Comparison<T> found = compare(p, q, problem.threshold);
+      if (Source == From::kLogitsWithLoss && own_column && tap.index0 >= tile.row) {
+        add(sums, found);
+      }
       if (!found.a_learns && !found.b_learns) return false;
       pair_slopes(p, q, found, scale);
     }
@@ -139,34 +154,41 @@ template <class S, int N, bool Statistics> struct StabilityBody {
     b.get(tap, q);
   }
 
+  // The gradients that the forward saves are not rounded yet: they have still to be scaled.
   __device__ __forceinline__ void store(int of, int32_t k, int32_t i, int32_t j, T value) const {
+    using Stored = std::conditional_t<Source == From::kLogitsWithLoss, T, S>;
     if (problem.gradient[of] == nullptr) return;
     const int64_t plane = image * problem.logits[0].classes + first_class + k;
-    static_cast<S*>(
+    static_cast<Stored*>(
         problem.gradient[of])[(plane * problem.grid.y.in + i) * problem.grid.x.in + j] =
-        static_cast<S>(value);
+        static_cast<Stored>(value);
   }
 
   const StabilityProblem<T>& problem;
+  const Tile& tile;
   int64_t group_image, image;
   int32_t first_class, classes, x;
   T scale[2];
   Column<S, N> a, b;
+  MaskColumn mask;
+  bool own_column; // of two tiles that visit a pixel, the one with its cell index0 counts it
+  ThreadSums<2> sums;
 };
 
-template <class S, int N, bool Statistics>
+template <class S, int N, From Source>
 __global__ void __launch_bounds__(kTileThreads)
-    stability_loss_backward_up(const StabilityProblem<Wide<S>> problem, const Tiles tiles) {
+    stability_loss_tiles(const StabilityProblem<Wide<S>> problem, const Tiles tiles) {
   const Tile tile = tile_of_block(tiles, problem.grid.y.in, problem.grid.x.in, blockIdx.x);
-  StabilityBody<S, N, Statistics> body(problem, tile);
+  StabilityBody<S, N, Source> body(problem, tile);
   transpose_tile<Wide<S>, 2, N>(problem.grid, tiles, tile, body.classes, body);
+  if constexpr (Source == From::kLogitsWithLoss) store_partial(problem.partial, body.sums);
 }
 
-template <class S, int N, bool Statistics>
+template <class S, int N, From Source>
 void launch_tiles(const StabilityProblem<Wide<S>>& problem, Stream stream) {
   using T = Wide<S>;
   const Tiles tiles = make_tiles(problem.grid, problem.images, problem.logits[0].classes, N, 2);
-  launch(stability_loss_backward_up<S, N, Statistics>, count_tiles(tiles, problem.images),
+  launch(stability_loss_tiles<S, N, Source>, count_tiles(tiles, problem.images),
          dim3(tiles.threads), tile_bytes(tiles, N, 2, sizeof(T)), stream, problem, tiles);
 }
 
@@ -181,15 +203,27 @@ void launch_stability_backward(const StabilityProblem<T>& problem, Stream stream
       launch(stability_loss_backward_equal<S, N>, problem.blocks.all, dim3(kThreads), 0, stream,
              problem);
     } else if constexpr (N > 0 && N <= kMostTransposedPair) {
-      launch_tiles<S, N, false>(problem, stream);
+      launch_tiles<S, N, From::kLogits>(problem, stream);
     } else {
       launch(stability_loss_statistics<S>, problem.blocks.all,
              dim3(kColumns, kThreads / kColumns), 0, stream, problem);
-      launch_tiles<S, kChunk, true>(problem, stream);
+      launch_tiles<S, kChunk, From::kStatistics>(problem, stream);
     }
   });
 }
 
+template <class T>
+void launch_stability_with_gradients(const StabilityProblem<T>& problem, Stream stream) {
+  with_kernel<T>(problem.logits[0].dtype, problem.registers, [&](auto storage, auto registers) {
+    constexpr int N = decltype(registers)::value;
+    if constexpr (N > 0 && N <= kMostTransposedPair) {
+      launch_tiles<decltype(storage), N, From::kLogitsWithLoss>(problem, stream);
+    }
+  });
+}
+
+template void launch_stability_with_gradients(const StabilityProblem<float>&, Stream);
+template void launch_stability_with_gradients(const StabilityProblem<double>&, Stream);
 template void launch_stability_backward(const StabilityProblem<float>&, Stream);
 template void launch_stability_backward(const StabilityProblem<double>&, Stream);
 

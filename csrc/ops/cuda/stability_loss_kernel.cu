@@ -4,14 +4,6 @@
 namespace co2s::cuda {
 namespace {
 
-template <class T>
-__device__ __forceinline__ void add(ThreadSums<2>& sums, const Comparison<T>& found) {
-  if (found.a_learns) sums.value[0] += found.squares;
-  if (found.b_learns) sums.value[1] += found.squares;
-  sums.count[0] += found.a_learns;
-  sums.count[1] += found.b_learns;
-}
-
 template <class S, int N>
 __global__ void __launch_bounds__(kThreads)
     stability_loss_equal(const StabilityProblem<Wide<S>> problem) {
@@ -64,8 +56,10 @@ __global__ void __launch_bounds__(kThreads)
       a.start(problem.logits[0], at.image, x, 0, classes);
       b.start(problem.logits[1], at.image, x, 0, classes);
     }
+    MaskColumn mask;
+    mask.start();
     for (int32_t row = at.y; row < at.y_end; ++row) {
-      if (!is_unmasked(problem.maps, at.image, row, at.x)) continue;
+      if (!mask.next(problem.maps, at.image, row, at.x, problem.grid.y.out)) continue;
       const Tap<T, int32_t> y = tap_at(problem.grid.y, row);
       if constexpr (N > 0) {
         T p[N], q[N];
