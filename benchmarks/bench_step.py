@@ -150,14 +150,21 @@ def eager_step(
     return step
 
 
-def our_step(device: torch.device, tiny: bool, crop: int, autocast: bool) -> Callable[[], Tensor]:
-    """One step as the trainer makes it."""
+def our_step(device: torch.device, tiny: bool, crop: int, provider: str) -> Callable[[], Tensor]:
+    """One step as the trainer makes it, with its options `channels_last` and `compile`."""
     from co2s_fast.data import Batch
     from co2s_fast.methods import get_method
 
     method_class = get_method("co2s")
     students = make_students(device, tiny)
     method = method_class(students, method_class.Config(threshold=THRESHOLD)).to(device)
+    autocast = device.type == "cuda" and provider != "ours_float32"
+    if provider == "ours_channels_last":
+        method.to(memory_format=torch.channels_last)
+    if provider == "ours_compile":
+        for student in students.values():
+            student.features = torch.compile(student.features)
+            student.decode = torch.compile(student.decode)
     groups = [g for s in students.values() for g in s.parameter_groups(LEARNING_RATE, 0.01)]
     optimizer = torch.optim.AdamW(groups, fused=True)
     batch = make_batch(device, crop, THRESHOLD)
@@ -192,7 +199,7 @@ def build(provider: str, device: torch.device, tiny: bool, crop: int) -> Workloa
             raise NotMeasured(GPU_ONLY)
         step = eager_step(device, tiny, crop, compiled=True)
     else:
-        step = our_step(device, tiny, crop, autocast=provider == "ours" and device.type == "cuda")
+        step = our_step(device, tiny, crop, provider)
     return Workload(step, mode="step", items=2 * BATCH)
 
 
@@ -202,7 +209,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     name, crop = ("tiny", 128) if tiny else ("vit_b16", 512)
     providers = ("eager", "eager_our_networks", "compile_autocast", "ours")
     if not tiny:
-        providers += ("ours_float32",)
+        providers += ("ours_float32", "ours_channels_last", "ours_compile")
     # Dropout draws differ between the forms, so their results are not compared here; the tests of
     # the training step do that with dropout off.
     builder = partial(build, tiny=tiny, crop=crop)

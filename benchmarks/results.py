@@ -163,7 +163,8 @@ def ratios(content: dict[str, Any]) -> dict[str, float]:
     loss_section/128to512/both/time/eager:cpp. Above 1 ours is faster or smaller.
     """
     found = {}
-    ours = (*providers.BACKENDS, "ours", "ours_float32", "torch", "dali")
+    steps = ("ours", "ours_float32", "ours_channels_last", "ours_compile")
+    ours = (*providers.BACKENDS, *steps, "torch", "dali")
     for mine in content["rows"]:
         if mine["provider"] not in ours or mine["metric"] in ("bytes_moved", "bandwidth_share"):
             continue

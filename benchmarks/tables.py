@@ -33,6 +33,8 @@ NAMES = {
     "compile": "torch.compile",
     "compile_autocast": "torch.compile + autocast",
     "ours_float32": "ours, float32 with TF32",
+    "ours_channels_last": "ours, channels last",
+    "ours_compile": "ours, torch.compile",
     "liger": "liger-kernel",
     "loop": "NumPy, colour by colour",
     "pil": "PIL + torchvision",

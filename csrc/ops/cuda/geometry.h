@@ -79,6 +79,14 @@ inline PixelBlocks column_blocks(int64_t batch, int64_t height, int64_t width) {
 constexpr int kTileThreads = 192; // at most; a thread owns a column of pixels
 constexpr int kMostCells = 64;    // a tile's width at most
 
+// Tiles that a multiprocessor is to work on at a time, of one student with so many values a pixel.
+// Three of 6 warps leave 96 registers a thread; without the bound it would be 132, and two tiles.
+constexpr int blocks_at_once(int values) { return values <= 8 ? 3 : 1; }
+
+// So many tiles at least, where the rows allow: what 128 multiprocessors hold at once. A pair of
+// students takes 168 registers a thread, which leaves room for two tiles.
+constexpr int64_t enough_tiles(int gradients) { return 128 * (gradients == 1 ? 3 : 2); }
+
 // Blocks of `rows` x `columns` cells; pixels that read cells of two tiles are visited by both.
 struct Tiles {
   int32_t rows, columns;       // cells of a tile
@@ -130,7 +138,6 @@ template <class T>
 inline Tiles make_tiles(const Grid<T>& grid, int64_t batch, int64_t all_classes, int classes,
                         int gradients) {
   constexpr size_t kShared = 48 * 1024;
-  constexpr int64_t kEnoughBlocks = 384; // several for each multiprocessor
   const auto [y, x, equal] = grid;
   Tiles tiles;
   tiles.chunks = static_cast<int32_t>(ceil_div(all_classes, classes));
@@ -144,11 +151,11 @@ inline Tiles make_tiles(const Grid<T>& grid, int64_t batch, int64_t all_classes,
   const int64_t widest = widest_tile(x, tiles.columns);
   const int64_t threads = ceil_div(widest < 1 ? 1 : widest, 32) * 32;
   tiles.threads = static_cast<int32_t>(threads < kTileThreads ? threads : kTileThreads);
-  for (tiles.rows = 8; tiles.rows > 1; tiles.rows /= 2) {
+  for (tiles.rows = 8; tiles.rows > 1; --tiles.rows) {
     tiles.down = static_cast<int32_t>(ceil_div(y.in, tiles.rows));
     const int64_t blocks = batch * tiles.chunks * tiles.down * tiles.across;
     const bool fits = tile_bytes(tiles, classes, gradients, sizeof(T)) <= kShared;
-    if (fits && (blocks >= kEnoughBlocks || tiles.rows <= 2)) break;
+    if (fits && (blocks >= enough_tiles(gradients) || tiles.rows <= 2)) break;
   }
   tiles.down = static_cast<int32_t>(ceil_div(y.in, tiles.rows));
   return tiles;

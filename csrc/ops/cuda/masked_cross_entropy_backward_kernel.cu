@@ -117,7 +117,7 @@ template <class S, int N, From Source> struct CrossEntropyBody {
       logits.get(tap, g);
       if constexpr (Source == From::kLogitsWithLoss) {
         const T loss = pixel_loss_and_slope(g, pixel.label, class_weight(problem, pixel.label));
-        if (own) sums.value[0] += loss;
+        if (own) own_loss += loss;
       } else {
         const int64_t index = (image * problem.grid.y.out + y) * problem.grid.x.out + x;
         pixel_slope(g, pixel.label, slope_weight(problem, pixel.label, index));
@@ -145,15 +145,19 @@ template <class S, int N, From Source> struct CrossEntropyBody {
   int32_t x;
   bool own_column; // of two tiles that visit a pixel, the one with its cell index0 counts it
   ThreadSums<1> sums;
+  T own_loss = 0; // of a few dozen pixels: T is exact enough
 };
 
 template <class S, int N, From Source>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, blocks_at_once(N))
     masked_cross_entropy_tiles(const CrossEntropyProblem<Wide<S>> problem, const Tiles tiles) {
   const Tile tile = tile_of_block(tiles, problem.grid.y.in, problem.grid.x.in, blockIdx.x);
   CrossEntropyBody<S, N, Source> body(problem, tile);
   transpose_tile<Wide<S>, 1, N>(problem.grid, tiles, tile, body.classes, body);
-  if constexpr (Source == From::kLogitsWithLoss) store_partial(problem.partial, body.sums);
+  if constexpr (Source == From::kLogitsWithLoss) {
+    body.sums.value[0] = body.own_loss;
+    store_partial(problem.partial, body.sums);
+  }
 }
 
 template <class S, int N, From Source>

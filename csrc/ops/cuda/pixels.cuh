@@ -87,17 +87,44 @@ __device__ __forceinline__ void read_integers(const MapView& map, const int64_t 
   }
 }
 
-// Offsets of the rows from `y` on in column `x`, below the last row that row again; through the
-// box, of the image they are read from.
-__device__ __forceinline__ void offsets_in(const MapView& map, const Mix& mix, int64_t image,
-                                           int32_t y, int32_t x, int32_t height,
-                                           int64_t (&offset)[kAhead]) {
+__device__ __forceinline__ void are_sure(const PixelMaps& maps, const int64_t (&offset)[kAhead],
+                                         bool (&sure)[kAhead]) {
+  const auto compare = [&](const auto* data, auto threshold) {
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    const int32_t row = smaller(y + i, height - 1);
-    offset[i] = offset_in(map, inside_box(mix.box, row, x) ? mix.partner : image, row, x);
+    for (int i = 0; i < kAhead; ++i) sure[i] = data[offset[i]] >= threshold;
+  };
+  if (maps.confidence.dtype == Dtype::kFloat64) {
+    compare(static_cast<const double*>(maps.confidence.data), maps.threshold);
+  } else {
+    compare(static_cast<const float*>(maps.confidence.data), static_cast<float>(maps.threshold));
   }
 }
+
+// The rows from `y` on of column `x`, below the last row that row again; through the box, each of
+// the image it is read from.
+struct RowsAhead {
+  int32_t row[kAhead];
+  bool inside[kAhead];
+
+  __device__ __forceinline__ RowsAhead(const Mix& mix, int32_t y, int32_t x, int32_t height) {
+    const bool in_columns = x >= mix.box[0] && x < mix.box[2];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      row[i] = smaller(y + i, height - 1);
+      inside[i] = in_columns && row[i] >= mix.box[1] && row[i] < mix.box[3];
+    }
+  }
+
+  __device__ __forceinline__ void offsets_in(const MapView& map, const Mix& mix, int64_t image,
+                                             int32_t x, int64_t (&offset)[kAhead]) const {
+    const int64_t own = image * map.stride_b + x * map.stride_x;
+    const int64_t other = mix.partner * map.stride_b + x * map.stride_x;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      offset[i] = (inside[i] ? other : own) + row[i] * map.stride_y;
+    }
+  }
+};
 
 // The pixels that read_pixel finds, going down a column.
 struct LabelColumn {
@@ -123,18 +150,18 @@ struct LabelColumn {
 private:
   __device__ __forceinline__ void read(const PixelMaps& maps, const Mix& mix, int64_t image,
                                        int32_t y, int32_t x, int32_t height) {
+    const RowsAhead rows(mix, y, x, height);
     int64_t offset[kAhead], target[kAhead], ignore[kAhead];
     bool sure[kAhead];
-    offsets_in(maps.target, mix, image, y, x, height, offset);
+    rows.offsets_in(maps.target, mix, image, x, offset);
     read_integers(maps.target, offset, target);
     if (maps.ignore_mask.data != nullptr) {
-      offsets_in(maps.ignore_mask, mix, image, y, x, height, offset);
+      rows.offsets_in(maps.ignore_mask, mix, image, x, offset);
       read_integers(maps.ignore_mask, offset, ignore);
     }
     if (maps.confidence.data != nullptr) {
-      offsets_in(maps.confidence, mix, image, y, x, height, offset);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) sure[i] = is_sure(maps, offset[i]);
+      rows.offsets_in(maps.confidence, mix, image, x, offset);
+      are_sure(maps, offset, sure);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
@@ -159,8 +186,9 @@ struct MaskColumn {
                                        int32_t height) {
     if (maps.ignore_mask.data == nullptr) return true;
     if (left == 0) {
+      const Mix none{{0, 0, 0, 0}, image};
       int64_t offset[kAhead], ignore[kAhead];
-      offsets_in(maps.ignore_mask, {{0, 0, 0, 0}, image}, image, y, x, height, offset);
+      RowsAhead(none, y, x, height).offsets_in(maps.ignore_mask, none, image, x, offset);
       read_integers(maps.ignore_mask, offset, ignore);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) ahead[i] = ignore[i] != maps.ignore_index;
