@@ -26,6 +26,9 @@ from .pixel_math import axis_start
 LANES = 128  # intervals a program
 GPU_PROGRAMS = 1024  # wanted at least: several for each multiprocessor of a large GPU
 CPU_PROGRAMS = 1  # the interpreter runs one program after the other
+# Of what upsampled logits would take, whose absence is the point: at most so much for the corner
+# sums (at four times the grid they are just that) and for other scratch.
+PARTIAL_SHARE, PIXEL_SHARE = 1 / 4, 1 / 16
 _CELLS = 1024
 
 
@@ -173,14 +176,20 @@ def plan(logits: Tensor, grid: Resampling, block_k: int, pixel_bytes: int) -> Pl
     most = max(1, grid.y.reach // 2)
     programs = GPU_PROGRAMS if logits.is_cuda else CPU_PROGRAMS
     wanted = triton.cdiv(programs, batch * tiles * class_blocks)
-    rows = triton.cdiv(grid.y.reach, min(most, max(1, wanted)))
+    border = (h + 1) * (w + 1) / (h * w)
+    pixels = grid.y.out * grid.x.out
+    partial_limit = PARTIAL_SHARE * border * 4 * batch * num_classes * pixels
+    image_bytes = 16 * num_classes * (h + 1) * (w + 1)  # with one split
+    fitting = int(partial_limit // (batch * image_bytes)) if batch else 1
+    rows = triton.cdiv(grid.y.reach, max(1, min(most, wanted, fitting)))
     splits = triton.cdiv(grid.y.reach, rows)
-    image_bytes = 16 * splits * num_classes * (h + 1) * (w + 1)
-    image_bytes += pixel_bytes * grid.y.out * grid.x.out
-    # A part of what upsampled logits would take, whose absence is the point.
-    upsampled = 4 * batch * num_classes * grid.y.out * grid.x.out
-    scratch = min(SCRATCH_BYTES, upsampled // 4)
-    group = min(batch, max(1, scratch // image_bytes))
+    image_bytes *= splits
+    groups = [partial_limit // image_bytes]
+    if pixel_bytes:
+        groups.append(PIXEL_SHARE * 4 * batch * num_classes / pixel_bytes)
+        image_bytes += pixel_bytes * pixels
+    groups.append(SCRATCH_BYTES // image_bytes)
+    group = min(batch, max(1, int(min(groups))))
     return Plan(group, splits, rows, tiles, block_k, class_blocks)
 
 

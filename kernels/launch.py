@@ -15,6 +15,9 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARPS = 4
 # Scratch of one backward launch; a larger batch is done in groups of images that fit.
 SCRATCH_BYTES = 64 * 2**20
+# Launch options of what compares two students: fused into one rounding, the product in p_a - p_b
+# would differ from the rounded p_b, and equal students would learn from each other.
+UNFUSED = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import (
+    UNFUSED,
     WARPS,
     device_guard,
     is_flat,
@@ -152,7 +153,7 @@ def stability_loss(
             HAS_IGNORE=ignore_mask is not None, K=num_classes, BLOCK_K=block_k, P=p,
             ALIGN_CORNERS=align_corners, RESAMPLE_A=grid_a.resample, RESAMPLE_B=grid_b.resample,
             FLAT=all(map(is_flat, (logits_a, logits_b, ignore_mask))),
-            WIDE=is_wide(logits_a, logits_b, ignore_mask), num_warps=WARPS,
+            WIDE=is_wide(logits_a, logits_b, ignore_mask), num_warps=WARPS, **UNFUSED,
         )  # fmt: skip
         sums, totals = launch_sum_partials(values, counts)
     return sums, totals, *empty

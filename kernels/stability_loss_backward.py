@@ -26,6 +26,7 @@ from .corner_sums import (
     store_corners,
 )
 from .launch import (
+    UNFUSED,
     WARPS,
     Resampling,
     device_guard,
@@ -297,6 +298,7 @@ def launch_pixels(
         ALIGN_CORNERS=options["ALIGN_CORNERS"], RESAMPLE_A=grids[0].resample,
         RESAMPLE_B=grids[1].resample, WRITE_A=grads[0] is not None, WRITE_B=grads[1] is not None,
         STATISTICS=statistics is not None, FLAT=flat, WIDE=options["WIDE"], num_warps=WARPS,
+        **UNFUSED,
     )  # fmt: skip
 
 
@@ -335,7 +337,7 @@ def launch_intervals(
                 options["threshold"], *options["ignore"], HAS_IGNORE=options["HAS_IGNORE"],
                 K=num_classes, BLOCK_K=block_k, P=LANES, ALIGN_CORNERS=options["ALIGN_CORNERS"],
                 RESAMPLE_OTHER=other_grid.resample, OWN_IS_B=side == 1,
-                STATISTICS=with_statistics, WIDE=options["WIDE"], num_warps=WARPS,
+                STATISTICS=with_statistics, WIDE=options["WIDE"], num_warps=WARPS, **UNFUSED,
             )  # fmt: skip
             launch_gather_corners(partial, part)
 

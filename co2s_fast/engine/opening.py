@@ -36,7 +36,7 @@ def open_device(train: TrainConfig) -> tuple[distributed.Ranks, torch.device, to
     half = train.precision == "bfloat16" or (train.precision == "auto" and kind == "cuda")
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = not train.deterministic
+        torch.backends.cudnn.benchmark = train.cudnn_benchmark and not train.deterministic
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

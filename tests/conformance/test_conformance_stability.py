@@ -108,6 +108,21 @@ def test_nobody_learns(name, target):
     assert not any(z.grad.any() for z in logits)
 
 
+@pytest.mark.parametrize("size", [(5, 6), (20, 24)], ids=str)
+@pytest.mark.parametrize("classes", [3, 6, 40])
+def test_equal_students_teach_each_other_nothing(classes, size, target):
+    """Exactly nothing, however the two are laid out: no product is fused into a difference."""
+    target.leave_out(unless=(classes, size) == (3, (5, 6)))
+    a = torch.randn(2, classes, 5, 6, generator=torch.Generator().manual_seed(5)) * 4
+    a = a.to(target.device)
+    for b in (a.clone(), a.contiguous(memory_format=torch.channels_last)):
+        logits = [z.detach().requires_grad_() for z in (a, b)]
+        sum_a, sum_b, count_a, count_b = stability_terms(*logits, threshold=0.3, size=size)
+        (sum_a + sum_b).backward()
+        assert count_a == count_b > 0 and sum_a == 0 and sum_b == 0
+        assert not any(z.grad.any() for z in logits)
+
+
 def test_size_follows_the_ignore_mask(target):
     target.leave_out()
     x = draw(BY_NAME["up4"], torch.float32).to(target.device)

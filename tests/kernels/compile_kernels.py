@@ -2,8 +2,8 @@
 
 Launchers are called on CPU tensors with Triton's launch replaced by a compilation for each target
 with the types, constants and alignments a launch on a GPU would have. Prints a JSON list: kernel,
-capability, bytes of machine code, of shared memory, and whether a kernel on equal grids reads
-logits in less than 16 bytes a thread.
+capability, bytes of machine code, of shared memory, operations that may be fused, and whether a
+kernel on equal grids reads logits in less than 16 bytes a thread.
 
     python compile_kernels.py few|many CAPABILITY...
 """
@@ -41,7 +41,8 @@ class Compiler:
         self.done: set[str] = set()
         self.results: list[dict] = []
 
-    def run(self, function: JITFunction, *args, grid, warmup, num_warps=4, **kwargs) -> None:
+    def run(self, function: JITFunction, *args, grid, warmup, num_warps=4, enable_fp_fusion=True,
+            **kwargs) -> None:  # fmt: skip
         bound = inspect.signature(function.fn).bind(*args, **kwargs)
         source = self.source(function, bound.arguments)
         for capability in self.capabilities:
@@ -51,12 +52,15 @@ class Compiler:
                 continue
             self.done.add(key)
             target = GPUTarget("cuda", capability, 32)
-            kernel = triton.compile(source, target=target, options={"num_warps": num_warps})
+            choices = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+            kernel = triton.compile(source, target=target, options=choices)
             options = bound.arguments
             equal = options.get("RESAMPLE", options.get("RESAMPLE_A")) is False
             self.results.append({
                 "kernel": function.fn.__name__, "capability": capability,
                 "bytes": len(kernel.asm["cubin"]), "shared": kernel.metadata.shared,
+                # sums and products that the assembler may still fuse into one rounding
+                "fusable": len(re.findall(r"\b(?:mul|add|sub)\.f32", kernel.asm["ptx"])),
                 "unaligned": equal and "ld.global.v4" not in wide_loads(kernel.asm["ptx"]),
             })  # fmt: skip
 

@@ -62,3 +62,5 @@ def test_all_kernels_compile(case: str, compilers) -> None:
         assert result["bytes"] > 0
         assert result["shared"] <= MOST_SHARED_BYTES, result
         assert not result["unaligned"], f"equal grids must be read 16 bytes a thread: {result}"
+        if "stability" in result["kernel"]:
+            assert result["fusable"] == 0, f"equal students must stay equal: {result}"

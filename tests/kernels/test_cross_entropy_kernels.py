@@ -111,6 +111,7 @@ def test_splits_and_groups_change_nothing(device, monkeypatch) -> None:
     monkeypatch.setattr(corner_sums, "CPU_PROGRAMS", 64)
     monkeypatch.setattr(corner_sums, "GPU_PROGRAMS", 64)
     monkeypatch.setattr(corner_sums, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(corner_sums, "PARTIAL_SHARE", 1000)
     for classes, out in ((4, (12, 4)), (18, (8, 2))):
         logits = torch.randn(2, classes, 3, 2, device=device)
         check(logits, inputs(2, classes, out, device), True, False, slack=1e-5)

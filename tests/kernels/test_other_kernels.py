@@ -63,6 +63,7 @@ def test_stability_splits_groups_and_no_mask(device, monkeypatch) -> None:
     monkeypatch.setattr(corner_sums, "CPU_PROGRAMS", 64)
     monkeypatch.setattr(corner_sums, "GPU_PROGRAMS", 64)
     monkeypatch.setattr(corner_sums, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(corner_sums, "PARTIAL_SHARE", 1000)
     for classes in (4, 12):
         a, b = students(classes, (2, 1), (2, 1), device)
         check_stability(a, b, (8, 2), False, None, (True, True))
