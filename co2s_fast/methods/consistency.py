@@ -103,14 +103,12 @@ class ConsistencyMethod(Method):
         }
         terms, counts = self.loss_terms(), {}
         ramp = cosine_ramp(step, total_steps, 1.0, self.config.consistency_ramp)
+        pseudo = self.select(
+            {name: self.label_weak_views(name, views["w"], batch) for name, views in logits.items()}
+        )
         for name, views in logits.items():
             self.add_supervised(terms, name, views["x"], batch.y)
-            weak = views["w"]
-            if name in self.alignment:
-                weak = self.alignment[name](weak, batch.y, batch.ignore)
-            confidence, label = pseudo_labels_of(weak, batch.w)
-            if name in self.thresholds:
-                confidence = self.thresholds[name](weak, confidence, label, batch.ignore)
+            confidence, label = pseudo[name]
             maps = [label, confidence, batch.ignore]
             of_mates = None if mates is None else self.pseudo_labels(name, mates)
             for view in self.strong:
@@ -125,6 +123,19 @@ class ConsistencyMethod(Method):
             counts.update(self.count_pseudo_labels(name, confidence, label, batch))
         self.add_joint_terms(terms, logits, batch, step, total_steps)
         return {**terms.finish(), **counts}
+
+    def label_weak_views(self, name: str, weak: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Confidence and label of every unlabelled pixel, [B, H, W] each, as student `name` says."""
+        if name in self.alignment:
+            weak = self.alignment[name](weak, batch.y, batch.ignore)
+        confidence, label = pseudo_labels_of(weak, batch.w)
+        if name in self.thresholds:
+            confidence = self.thresholds[name](weak, confidence, label, batch.ignore)
+        return confidence, label
+
+    def select(self, pseudo: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Which pseudo-labels are learnt from, all students' before it; here each its own."""
+        return pseudo
 
     def add_joint_terms(
         self,
