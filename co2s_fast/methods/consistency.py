@@ -125,7 +125,7 @@ class ConsistencyMethod(Method):
         return {**terms.finish(), **counts}
 
     def label_weak_views(self, name: str, weak: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Confidence and label of every unlabelled pixel, [B, H, W] each, as student `name` says."""
+        """Confidence and label of every unlabelled pixel, [B, H, W], as student `name` says."""
         if name in self.alignment:
             weak = self.alignment[name](weak, batch.y, batch.ignore)
         confidence, label = pseudo_labels_of(weak, batch.w)
