@@ -164,7 +164,7 @@ def ratios(content: dict[str, Any]) -> dict[str, float]:
     """
     found = {}
     steps = ("ours", "ours_float32", "ours_channels_last", "ours_compile")
-    ours = (*providers.BACKENDS, *steps, "torch", "dali")
+    ours = (*providers.BACKENDS, *steps, "ours_bfloat16", "torch", "dali")
     for mine in content["rows"]:
         if mine["provider"] not in ours or mine["metric"] in ("bytes_moved", "bandwidth_share"):
             continue

@@ -35,6 +35,7 @@ NAMES = {
     "ours_float32": "ours, float32 with TF32",
     "ours_channels_last": "ours, channels last",
     "ours_compile": "ours, torch.compile",
+    "ours_bfloat16": "ours, bfloat16",
     "liger": "liger-kernel",
     "loop": "NumPy, colour by colour",
     "pil": "PIL + torchvision",

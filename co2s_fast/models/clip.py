@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from co2s_fast.errors import UsageError
 from co2s_fast.models.lora import LoraAttention
+from co2s_fast.models.self_attention import SelfAttention
 from co2s_fast.models.stem import ConvStem
 
 Path = Callable[[nn.Module, Tensor], Tensor]
@@ -82,6 +83,8 @@ class ClipBackbone(nn.Module):
         # The tower's own attributes are taken over rather than the tower, so that nothing which
         # is never evaluated (pooling, token dropping) stays in the state dict.
         self.visual = visual
+        for block in visual.transformer.resblocks:
+            block.attn = SelfAttention.of(block.attn)
         if stem is not None:
             visual.conv1 = stem
         width = visual.class_embedding.shape[0]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from co2s_fast.models.config import DecoderConfig
+from co2s_fast.models.self_attention import SelfAttention
 
 
 def _group_norm(channels: int, group_channels: int) -> nn.GroupNorm:
@@ -84,7 +85,7 @@ class ClassAttention(nn.Module):
         hidden = int(width * config.mlp_ratio)
         self.pool = config.pool
         self.norm1 = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, config.heads, batch_first=True)
+        self.attention = SelfAttention(width, config.heads, batch_first=True)
         self.norm2 = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from co2s_fast.errors import UsageError
 from co2s_fast.models.config import LoraConfig
+from co2s_fast.models.self_attention import SelfAttention
 
 MARK = "lora."
 """In the name of every adapter parameter, and of no other."""
@@ -140,9 +141,7 @@ class LoraAttention(nn.Module):
     def merged(self) -> nn.MultiheadAttention:
         """Torch's own module of the same outputs; it takes over the parameters."""
         width = self.in_proj_weight.shape[1]
-        plain = nn.utils.skip_init(
-            nn.MultiheadAttention, width, self.num_heads, batch_first=True
-        )  # fmt: skip
+        plain = nn.utils.skip_init(SelfAttention, width, self.num_heads, batch_first=True)
         self.in_proj_weight.data += self.in_proj_lora.delta().detach()
         plain.in_proj_weight, plain.in_proj_bias = self.in_proj_weight, self.in_proj_bias
         out = self.out_proj.merged()
