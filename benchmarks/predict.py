@@ -42,6 +42,7 @@ from benchmarks import results, tables  # noqa: E402 - needs the path above
 from benchmarks.memory import _resident  # noqa: E402
 
 SECTION = "predict"
+CPU = torch.device("cpu")
 CLASSES = 6
 SPEC = SimpleNamespace(
     num_classes=CLASSES,
@@ -122,20 +123,19 @@ def plain(
     return mixed.argmax(0).to(torch.uint8).numpy()
 
 
-@torch.inference_mode()
 def ours(
     students: Mapping[str, nn.Module], scene: ArrayScene, crop: int, stride: int,
     precision: str = "auto",
 ) -> NDArray[np.uint8]:  # fmt: skip
     """As `co2s-fast predict` does, without the files."""
-    from co2s_fast.engine.inference import EvalConfig
+    from co2s_fast.engine.inference import EvalConfig, evaluating
     from co2s_fast.engine.prediction import scene_maps
 
-    config = EvalConfig(crop=crop, stride=stride / crop, precision=precision)
+    config, device = EvalConfig(crop=crop, stride=stride / crop, precision=precision), CPU
     labels = np.empty((scene.height, scene.width), np.uint8)
-    for top, left, part, _ in scene_maps(students, scene, config, SPEC, torch.device("cpu"),
-                                         "hann"):  # fmt: skip
-        labels[top : top + part.shape[0], left : left + part.shape[1]] = part
+    with evaluating(students, config, device):
+        for top, left, part, _ in scene_maps(students, scene, config, SPEC, device, "hann"):
+            labels[top : top + part.shape[0], left : left + part.shape[1]] = part
     return labels
 
 

@@ -16,6 +16,9 @@ from co2s_fast.cli_weights import weights
 from co2s_fast.errors import DataError
 from co2s_fast.version import __version__
 
+precision_option = click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]),
+                                help="Of the students' arithmetic; auto: bfloat16 on a GPU. "
+                                "Default: the run's own setting.")  # fmt: skip
 checkpoint_option = click.option("--checkpoint", type=click.Choice(["best", "last"]),
                                  default="best", show_default=True)  # fmt: skip
 
@@ -149,6 +152,7 @@ def import_checkpoint(
 @click.option("--mode", type=click.Choice(["auto", "whole", "sliding"]),
               help="Whole images or sliding windows. Default: the run's own setting.")
 @click.option("--data-root", type=PATH, help="Where the dataset stands now, if it has moved.")
+@precision_option
 @click.option("--compat", type=click.Choice(["official-infer"]),
               help="Score as the authors' release does, whatever the run was trained with.")
 @offline_option
@@ -175,6 +179,7 @@ def evaluate(run: Path, **options: Any) -> None:
 @click.option("--confidence", is_flag=True, help="Also write the largest probability, times 255.")
 @click.option("--polygons", is_flag=True, help="Also write a GeoPackage (GeoTIFFs only).")
 @click.option("--shard", metavar="I/N", help="Take the I-th of N shares of the images.")
+@precision_option
 @click.option("--overwrite", is_flag=True, help="Do again the maps that are there already.")
 @offline_option
 @one_line_errors

@@ -117,6 +117,14 @@ def test_a_whole_run(prepared: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert set(np.unique(np.asarray(Image.open(maps / "t0.png")))) <= {0, 1}
     assert (maps / "t0.confidence.png").is_file()
+    rough = tmp_path / "rough"
+    result = call("predict", out, prepared / "images" / "t0.png", "-o", rough, "--confidence",
+                  "--precision", "bfloat16")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    sure, about = (np.asarray(Image.open(folder / "t0.confidence.png")).astype(int)
+                   for folder in (maps, rough))  # fmt: skip
+    assert 0 < abs(sure - about).max() < 0.1 * 255, "another rounding, the same prediction"
+    assert call("eval", out, "--student", "ssm", "--precision", "bfloat16").exit_code == 0
     assert call("predict", out, "--val", 1, "-o", maps).exit_code == 0
     assert call("report", out).exit_code == 0
     again = tmp_path / "again"

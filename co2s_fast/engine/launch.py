@@ -113,6 +113,7 @@ def evaluate_run(
     checkpoint: str = "best",
     mode: str | None = None,
     data_root: Path | None = None,
+    precision: str | None = None,
     compat: str | None = None,
 ) -> str:
     """`co2s-fast eval`: score a run on its validation images.
@@ -128,7 +129,8 @@ def evaluate_run(
     config, spec, students = load_run(run, checkpoint, device=device, compat=compat)
     wanted_predictions(students, student)  # a wrong name is told before any data is read
     data = config.data if data_root is None else config.data.model_copy(update={"root": data_root})
-    changes = {"student": student, "mode": mode or config.eval.mode}
+    changes = {"student": student, "mode": mode or config.eval.mode,
+               "precision": precision or config.eval.precision}  # fmt: skip
     settings = config.eval.model_copy(update=changes)
     split = open_split(data, spec, "evaluate")
     panels = run / PANELS_FOLDER if student == "all" else None
@@ -158,6 +160,7 @@ def predict_run(
     confidence: bool = False,
     polygons: bool = False,
     shard: str | None = None,
+    precision: str | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """`co2s-fast predict`: write a class map for every image.
@@ -188,7 +191,10 @@ def predict_run(
         overlay, confidence, polygons, None if shard is None else parse_shard(shard), overwrite,
         signature=hashlib.sha256(state).hexdigest(),
     )  # fmt: skip
+    settings = config.eval
+    if precision is not None:
+        settings = settings.model_copy(update={"precision": precision})
     return predict(
-        students, images, out, spec, config=config.eval, data=config.data, device=device,
+        students, images, out, spec, config=settings, data=config.data, device=device,
         student=student, scale=1.0 if scale is None else scale, outputs=outputs,
     )  # fmt: skip
