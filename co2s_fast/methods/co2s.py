@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -32,8 +31,6 @@ class Co2SConfig(UniMatchConfig):
             log that trains nothing, as the released code does.
         stability_padding: "mask" leaves the padding of crops out of the term; "include" is the
             released behaviour.
-        agreement: take a pseudo-label only where both students give it, as in co-training. Beyond
-            the paper: students that start from nothing drift less.
     """
 
     name: Literal["co2s"] = "co2s"
@@ -41,7 +38,6 @@ class Co2SConfig(UniMatchConfig):
     stability_ramp: float = Field(default=0.2, ge=0, le=1)
     stability_gradient: Literal["learner", "none"] = "learner"
     stability_padding: Literal["mask", "include"] = "mask"
-    agreement: bool = False
 
 
 class Co2S(UniMatch):
@@ -57,15 +53,6 @@ class Co2S(UniMatch):
         if len(students) != 2:
             raise UsageError(f"students: co2s needs two, found {', '.join(students) or 'none'}")
         super().__init__(students, config, seed=seed)
-
-    @torch.no_grad()
-    def select(self, pseudo: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-        """With `agreement`, no confidence where the two students' labels differ."""
-        if not self.config.agreement:
-            return pseudo
-        (_, first), (_, second) = pseudo.values()
-        agree = first == second
-        return {name: (sure * agree, label) for name, (sure, label) in pseudo.items()}
 
     def add_joint_terms(
         self,

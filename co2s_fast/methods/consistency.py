@@ -103,12 +103,9 @@ class ConsistencyMethod(Method):
         }
         terms, counts = self.loss_terms(), {}
         ramp = cosine_ramp(step, total_steps, 1.0, self.config.consistency_ramp)
-        pseudo = self.select(
-            {name: self.label_weak_views(name, views["w"], batch) for name, views in logits.items()}
-        )
         for name, views in logits.items():
             self.add_supervised(terms, name, views["x"], batch.y)
-            confidence, label = pseudo[name]
+            confidence, label = self.label_weak_views(name, views["w"], batch)
             maps = [label, confidence, batch.ignore]
             of_mates = None if mates is None else self.pseudo_labels(name, mates)
             for view in self.strong:
@@ -132,10 +129,6 @@ class ConsistencyMethod(Method):
         if name in self.thresholds:
             confidence = self.thresholds[name](weak, confidence, label, batch.ignore)
         return confidence, label
-
-    def select(self, pseudo: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Which pseudo-labels are learnt from, all students' before it; here each its own."""
-        return pseudo
 
     def add_joint_terms(
         self,
