@@ -97,7 +97,7 @@ def trace(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
         module: takes one tensor whose first dimension is the batch.
         example: an input of at least two images: a batch of one would be taken for a constant.
     """
-    with torch.no_grad(), _plain_attention():
+    with torch.no_grad():
         module(example)  # fills tables that depend on the size, so that they become constants
         batch = torch.export.Dim("batch", min=1)
         return torch.export.export(module, (example,), dynamic_shapes={INPUT: {0: batch}})
@@ -176,17 +176,6 @@ def require_onnx() -> None:
 def as_strings(metadata: Mapping[str, Any]) -> dict[str, str]:
     """What is no string yet as JSON."""
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """The fused inference path of nn.MultiheadAttention is an opaque op; do without."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
