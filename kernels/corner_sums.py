@@ -180,7 +180,7 @@ def plan(logits: Tensor, grid: Resampling, block_k: int, pixel_bytes: int) -> Pl
     pixels = grid.y.out * grid.x.out
     partial_limit = PARTIAL_SHARE * border * 4 * batch * num_classes * pixels
     image_bytes = 16 * num_classes * (h + 1) * (w + 1)  # with one split
-    fitting = int(partial_limit // (batch * image_bytes)) if batch else 1
+    fitting = int(partial_limit // (batch * image_bytes))
     rows = triton.cdiv(grid.y.reach, max(1, min(most, wanted, fitting)))
     splits = triton.cdiv(grid.y.reach, rows)
     image_bytes *= splits

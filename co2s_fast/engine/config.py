@@ -47,8 +47,8 @@ class TrainConfig(_Strict):
         device: "auto" takes CUDA where there is one.
         precision: "auto" is bfloat16 autocast on CUDA and float32 on the CPU.
         channels_last, compile: memory layout and torch.compile of the students.
-        cudnn_benchmark: let cuDNN time its algorithms for every new shape: about 20 s before the
-            first step, and again for validation images of another size.
+        cudnn_benchmark: let cuDNN time its algorithms for every new shape, which delays the first
+            step, and every validation image of another size.
         class_weight: weights of the classes in the supervised loss: "none", "median-frequency"
             (also called "balanced"), "effective-number", a YAML or JSON file of a weight for each
             class name, or its content (which is what config.yaml keeps); see

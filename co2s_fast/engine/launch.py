@@ -191,9 +191,7 @@ def predict_run(
         overlay, confidence, polygons, None if shard is None else parse_shard(shard), overwrite,
         signature=hashlib.sha256(state).hexdigest(),
     )  # fmt: skip
-    settings = config.eval
-    if precision is not None:
-        settings = settings.model_copy(update={"precision": precision})
+    settings = config.eval.model_copy(update={"precision": precision or config.eval.precision})
     return predict(
         students, images, out, spec, config=settings, data=config.data, device=device,
         student=student, scale=1.0 if scale is None else scale, outputs=outputs,

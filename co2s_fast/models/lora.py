@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from co2s_fast.errors import UsageError
 from co2s_fast.models.config import LoraConfig
-from co2s_fast.models.self_attention import SelfAttention
+from co2s_fast.models.self_attention import SelfAttention, attend
 
 MARK = "lora."
 """In the name of every adapter parameter, and of no other."""
@@ -127,10 +127,7 @@ class LoraAttention(nn.Module):
         if key is not query or value is not query or need_weights:
             raise ValueError("this attention is of one sequence with itself and has no weights")
         mixed = F.linear(query, self.in_proj_weight, self.in_proj_bias) + self.in_proj_lora(query)
-        heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-                 for part in mixed.chunk(3, -1)]  # fmt: skip
-        out = F.scaled_dot_product_attention(*heads, attn_mask=attn_mask)
-        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+        return self.out_proj(attend(mixed, self.num_heads, attn_mask)), None
 
     def value(self, x: Tensor) -> Tensor:
         """The value projection alone, [B, N, C] to the same shape."""

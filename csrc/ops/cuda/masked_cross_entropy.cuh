@@ -1,7 +1,7 @@
 // The loss of one pixel and its slope, for the kernels of masked_cross_entropy.
 #pragma once
 
-#include "ops/cuda/pixels.cuh"
+#include "ops/cuda/pixel_columns.cuh"
 
 namespace co2s::cuda {
 
@@ -53,13 +53,19 @@ __device__ __forceinline__ T pixel_loss_in_a_pass(const Z& z, int32_t classes, i
   return cross_entropy(state.sum, of_label - state.max, weight);
 }
 
+// Exponentials and their sum become the slope.
+template <class T, int N>
+__device__ __forceinline__ void to_slope(T (&e)[N], T sum, int32_t label, T weight) {
+  const T scaled = weight / sum;
+#pragma unroll
+  for (int k = 0; k < N; ++k) e[k] = cross_entropy_slope(e[k], scaled, k == label, weight);
+}
+
 // z becomes the slope.
 template <class T, int N>
 __device__ __forceinline__ void pixel_slope(T (&z)[N], int32_t label, T weight) {
   const T sum = exponentials(z, N);
-  const T scaled = weight / sum;
-#pragma unroll
-  for (int k = 0; k < N; ++k) z[k] = cross_entropy_slope(z[k], scaled, k == label, weight);
+  to_slope(z, sum, label, weight);
 }
 
 // z becomes the slope; returns the loss.
@@ -67,9 +73,7 @@ template <class T, int N>
 __device__ __forceinline__ T pixel_loss_and_slope(T (&z)[N], int32_t label, T weight) {
   T shifted_label;
   const T sum = exponentials_and_label(z, label, &shifted_label);
-  const T scaled = weight / sum;
-#pragma unroll
-  for (int k = 0; k < N; ++k) z[k] = cross_entropy_slope(z[k], scaled, k == label, weight);
+  to_slope(z, sum, label, weight);
   return cross_entropy(sum, shifted_label, weight);
 }
 

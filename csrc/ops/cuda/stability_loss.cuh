@@ -1,7 +1,7 @@
 // What two students' logits say at one pixel, for the kernels of stability_loss.
 #pragma once
 
-#include "ops/cuda/pixels.cuh"
+#include "ops/cuda/pixel_columns.cuh"
 
 namespace co2s::cuda {
 

@@ -93,9 +93,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Where the slopes come from: the pixels' statistics, or the logits alone; or, with the loss.
-enum class From { kStatistics, kLogits, kLogitsWithLoss };
-
 // A column of pixels: N classes of both students from the tile's chunk on.
 template <class S, int N, From Source> struct StabilityBody {
   using T = Wide<S>;

@@ -10,6 +10,10 @@
 
 namespace co2s::cuda {
 
+// What a Body makes the gradients of pixels from: statistics of an earlier kernel, or the logits; or
+// from them the loss as well.
+enum class From { kStatistics, kLogits, kLogitsWithLoss };
+
 template <class T> struct TileMemory {
   T* columns;          // [gradients * classes, threads]: column sums of one row of cells
   T* cells;            // [gradients * classes, rows, columns]: sums so far, where several
