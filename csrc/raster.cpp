@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -9,6 +10,8 @@ namespace co2s {
 namespace {
 
 constexpr int64_t kBlockRows = 64;
+// Less work than this is not worth waking a thread for; tiles are cut in threads of their own.
+constexpr int64_t kThreadPixels = 1 << 20;
 constexpr uint32_t kEmpty = 0xffffffffu;
 
 // Open addressing, at most half full: one multiplication and mostly one comparison a lookup.
@@ -55,8 +58,10 @@ void record(Undeclared& undeclared, int64_t value, int64_t pixels, int64_t limit
 template <class F>
 Undeclared by_blocks(int64_t height, int64_t width, int64_t limit, const F& body) {
   const int64_t blocks = (height + kBlockRows - 1) / kBlockRows;
+  const int64_t block_pixels = kBlockRows * std::max<int64_t>(1, width);
+  const int64_t least = std::max<int64_t>(1, kThreadPixels / block_pixels);
   std::vector<Undeclared> parts(blocks);
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, blocks, least, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t last = std::min(height, (block + 1) * kBlockRows);
       body(block * kBlockRows * width, last * width, parts[block]);

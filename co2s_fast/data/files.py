@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from PIL import Image
 
 from co2s_fast.data.catalogue import IGNORE, UNKNOWN, DatasetSpec, MaskSpec, class_values
 from co2s_fast.data.imagery import BandStatistics
+from co2s_fast.data.png import encode_png
 from co2s_fast.errors import DataError
 
 DESCRIPTION = "dataset.yaml"
@@ -263,25 +263,25 @@ def save_image(path: Path, image: NDArray[np.uint8]) -> None:
 
     A fourth channel is alpha, 0 where there is no data.
     """
-    with replacing(path) as temporary:
-        Image.fromarray(image).save(temporary, **_encoding(path))
+    _write(path, image)
 
 
 def save_label(path: Path, label: NDArray[np.uint8], palette: Sequence[Sequence[int]]) -> None:
     """Write class ids as an indexed PNG or TIFF with the dataset's colours, ignore black."""
-    image = Image.fromarray(label)
-    # All 256 entries: with fewer, Pillow packs pixels in 4 bits or less and 255 would be cut off.
-    entries = [tuple(color) for color in palette] + [(0, 0, 0)] * (256 - len(palette))
-    image.putpalette([channel for color in entries for channel in color])
+    # All 256 entries: 255 is a value of its own.
+    _write(path, label, [tuple(color) for color in palette] + [(0, 0, 0)] * (256 - len(palette)))
+
+
+def _write(path: Path, pixels: NDArray[np.uint8],
+           palette: Sequence[Sequence[int]] | None = None) -> None:
     with replacing(path) as temporary:
-        image.save(temporary, **_encoding(path))
-
-
-def _encoding(path: Path) -> dict[str, str | int]:
-    # Photographs have next to no repeats to search for, and those of masks are runs.
-    if path.suffix.lower() in (".tif", ".tiff"):
-        return {"format": "TIFF", "compression": "tiff_lzw"}
-    return {"format": "PNG", "compress_level": 1, "compress_type": zlib.Z_RLE}
+        if path.suffix.lower() not in (".tif", ".tiff"):
+            temporary.write_bytes(encode_png(pixels, palette))
+            return
+        image = Image.fromarray(pixels)
+        if palette is not None:
+            image.putpalette([channel for color in palette for channel in color])
+        image.save(temporary, format="TIFF", compression="tiff_lzw")
 
 
 def write_description(root: Path, spec: DatasetSpec,

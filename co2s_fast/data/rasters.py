@@ -91,9 +91,10 @@ class Raster:
 
         window = Window(column, row, width, height)
         with reading(self.path):
-            values = self.source.read(self.bands, window=window)
+            values = read_bands(self.source, self.bands, window)
             masks = self.source.read_masks(self.bands, window=window) if self._masked else None
-        valid = self.check(values, masks)
+        complete = masks is None and self.is_complete
+        valid = None if complete else self.check(values, masks)
         if self.palette is not None:
             values = self.palette[values[0]].transpose(2, 0, 1)
         return values, valid
@@ -107,6 +108,14 @@ class Raster:
         if values.dtype.kind == "f":
             valid &= np.isfinite(values)
         return None if valid.all() else valid
+
+
+def read_bands(source: Any, bands: list[int], window: Any) -> NDArray:
+    """Bands [C, h, w] of a window; 8-bit colours lie in memory pixel by pixel, as pictures do."""
+    if len(bands) != 3 or any(source.dtypes[band - 1] != "uint8" for band in bands):
+        return source.read(bands, window=window)
+    pixels = np.empty((window.height, window.width, 3), np.uint8)
+    return source.read(bands, window=window, out=pixels.transpose(2, 0, 1))
 
 
 @contextmanager

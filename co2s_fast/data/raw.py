@@ -34,6 +34,7 @@ from co2s_fast.data.rasters import (
     open_raster,
     open_source,
     placed,
+    read_bands,
     reading,
 )
 from co2s_fast.data.transforms import nearest_pixels, resampled
@@ -230,7 +231,7 @@ class RasterMask:
         window = Window(columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0])
         bands = [1, 2, 3] if self._colors and self.source.count >= 3 else [1]
         with reading(self.path):
-            raw = self.source.read(bands, window=window)
+            raw = read_bands(self.source, bands, window)
         label, raw = self._decode(raw)
         unknown = label == UNKNOWN
         if unknown.any():
