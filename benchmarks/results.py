@@ -164,7 +164,7 @@ def ratios(content: dict[str, Any]) -> dict[str, float]:
     """
     found = {}
     steps = ("ours", "ours_float32", "ours_channels_last", "ours_compile")
-    ours = (*providers.BACKENDS, *steps, "ours_bfloat16", "torch", "dali")
+    ours = (*providers.BACKENDS, *steps, "torch", "dali")
     for mine in content["rows"]:
         if mine["provider"] not in ours or mine["metric"] in ("bytes_moved", "bandwidth_share"):
             continue
@@ -173,7 +173,7 @@ def ratios(content: dict[str, Any]) -> dict[str, float]:
             if not same or peer["provider"] in ours or not mine["median"] or not peer["median"]:
                 continue
             value = peer["median"] / mine["median"]
-            if mine["metric"] == "images_per_s":
+            if mine["metric"] in ("images_per_s", "megapixels_per_s"):
                 value = 1 / value
             name = "/".join(mine[k] for k in ("section", "case", "mode", "metric"))
             found[f"{name}/{peer['provider']}:{mine['provider']}"] = value

@@ -17,8 +17,9 @@ from co2s_fast.errors import DataError
 from co2s_fast.version import __version__
 
 precision_option = click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]),
-                                help="Of the students' arithmetic; auto: bfloat16 on a GPU. "
-                                "Default: the run's own setting.")  # fmt: skip
+                                help="Of the students' arithmetic; auto: bfloat16 on a GPU, for "
+                                "maps also on a CPU that computes in it, else float32. Default: "
+                                "the run's own setting.")  # fmt: skip
 checkpoint_option = click.option("--checkpoint", type=click.Choice(["best", "last"]),
                                  default="best", show_default=True)  # fmt: skip
 

@@ -113,7 +113,8 @@ def test_a_whole_run(prepared: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "grass" in result.output
     maps = tmp_path / "maps"
-    result = call("predict", out, prepared / "images" / "t0.png", "-o", maps, "--confidence")
+    result = call("predict", out, prepared / "images" / "t0.png", "-o", maps, "--confidence",
+                  "--precision", "float32")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert set(np.unique(np.asarray(Image.open(maps / "t0.png")))) <= {0, 1}
     assert (maps / "t0.confidence.png").is_file()

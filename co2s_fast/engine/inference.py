@@ -29,7 +29,8 @@ class EvalConfig(BaseModel):
         student: which prediction to score: a student's name, "both" (mean of probabilities), or
             "all".
         absent: what a class without ground truth does to the mean, see `Metrics`.
-        precision: "bfloat16" runs the students under autocast; "auto" does so on CUDA only.
+        precision: "bfloat16" runs the students under autocast; "auto" does so on CUDA only, and for
+            the maps of `co2s-fast predict` also on a CPU that computes in it, see `for_maps`.
         panels: number of validation images to draw.
     """
 
@@ -48,6 +49,25 @@ class EvalConfig(BaseModel):
         """`floor(crop * stride)`: 213 for 256 and 426 for 512 at the default of 5/6."""
         # 5/6 has no exact binary form, and 6 * 5/6 must not come out as 4
         return max(int(crop * self.stride + 1e-9), 1)
+
+
+def for_maps(config: EvalConfig, device: torch.device) -> EvalConfig:
+    """The configuration of `co2s-fast predict`: "auto" is bfloat16 where the device computes in it.
+
+    On a GPU it is, see `EvalConfig`; on a CPU it is with AVX-512 BF16 or AMX, where large students
+    are much quicker and a pixel in a thousand changes its class. Scores stay in float32 there, so
+    that they are the same on every CPU.
+    """
+    if config.precision != "auto" or device.type != "cpu" or not _cpu_has_bfloat16():
+        return config
+    return config.model_copy(update={"precision": "bfloat16"})
+
+
+def _cpu_has_bfloat16() -> bool:
+    # Private to torch, so only asked for; without an answer "auto" stays float32.
+    checks = (getattr(torch.cpu, name, None)
+              for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))  # fmt: skip
+    return torch.backends.mkldnn.is_available() and any(check() for check in checks if check)
 
 
 class Logits:

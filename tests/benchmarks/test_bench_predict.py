@@ -14,7 +14,7 @@ def test_the_plain_loop_and_ours_draw_the_same_map(schema, monkeypatch) -> None:
     monkeypatch.setattr(predict, "make_students", lambda kind: students)
     rows, wrong = predict.speed_rows("tiny", 2)
     assert wrong == []
-    assert {row["provider"] for row in rows} == {"plain", "ours", "ours_bfloat16"}
+    assert {row["provider"] for row in rows} == {"plain", "ours", "ours_float32"}
     for row in rows:
         Draft202012Validator({**schema["$defs"]["row"], "$defs": schema["$defs"]}).validate(row)
 
@@ -28,7 +28,7 @@ def test_a_map_that_differs_is_not_timed(monkeypatch) -> None:
 
     monkeypatch.setitem(predict.PROVIDERS, "ours", ours)
     rows, (wrong,) = predict.speed_rows("tiny", 2)
-    assert {row["provider"] for row in rows} == {"plain", "ours_bfloat16"}
+    assert {row["provider"] for row in rows} == {"plain", "ours_float32"}
     assert wrong["provider"] == "ours" and "differ from the plain loop" in wrong["reason"]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from co2s_fast.data.config import DataConfig
-from co2s_fast.engine.inference import EvalConfig
+from co2s_fast.engine.inference import EvalConfig, for_maps
 from co2s_fast.engine.outputs import find_images, parse_shard
 from co2s_fast.engine.prediction import Outputs, predict, scene_maps, strips
 from co2s_fast.engine.scenes import open_scene
@@ -381,3 +381,18 @@ def test_a_geotiff_goes_through_at_the_scale_of_the_tiles(tmp_path):
         assert found.transform.a == 1.0
         assert found.bounds == source.bounds
         np.testing.assert_array_equal(found.read(1), expected(np.rint(halved).astype(np.uint8))[0])
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_maps_are_made_in_the_precision_that_the_device_computes_in(monkeypatch, able):
+    cpu = torch.device("cpu")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able, raising=False)
+    assert for_maps(EvalConfig(), cpu).precision == ("bfloat16" if able else "auto")
+    assert for_maps(EvalConfig(), torch.device("cuda")).precision == "auto"  # bfloat16 there
+    for asked in ("float32", "bfloat16"):
+        assert for_maps(EvalConfig(precision=asked), cpu).precision == asked
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    assert for_maps(EvalConfig(), cpu).precision == "auto", "a torch that cannot tell"
