@@ -1,10 +1,9 @@
 """Writing PNGs quickly: one filter for the whole picture, and runs instead of a search for repeats.
 
 Pillow's encoder weighs five filters for every row, also where it is asked not to compress, and no
-option of it says otherwise. Photographs gain next to nothing by the choice (about 2 %), so tiles
-take the difference to the row above ("Up") and zlib's run lengths with Huffman codes: a third of
-the time. Reading is Pillow's. Format: PNG specification (third edition, W3C 2025), sections 5, 9
-and 11.
+option of it says otherwise. Photographs gain next to nothing by the choice, so tiles take the
+difference to the row above ("Up") and zlib's run lengths with Huffman codes, in a third of the
+time. Reading is Pillow's. Format: PNG specification (third edition, W3C 2025), sections 5, 9, 11.
 """
 
 from __future__ import annotations

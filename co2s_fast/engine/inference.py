@@ -55,8 +55,8 @@ def for_maps(config: EvalConfig, device: torch.device) -> EvalConfig:
     """The configuration of `co2s-fast predict`: "auto" is bfloat16 where the device computes in it.
 
     On a GPU it is, see `EvalConfig`; on a CPU it is with AVX-512 BF16 or AMX, where large students
-    are much quicker and a pixel in a thousand changes its class. Scores stay in float32 there, so
-    that they are the same on every CPU.
+    are much quicker and few pixels change their class. Scores stay in float32 there, so that they
+    are the same on every CPU.
     """
     if config.precision != "auto" or device.type != "cpu" or not _cpu_has_bfloat16():
         return config
