@@ -52,7 +52,7 @@ SPEC = SimpleNamespace(
 )
 # case -> (crop, height, width) of the scene
 SCENES = {"tiny": (128, 1024, 1024), "vit_b16": (512, 512, 938)}
-# Share of equal pixels: overlaps are summed in another order. In bfloat16, which "ours" is where the
+# Share of equal pixels: overlaps are summed in another order. In bfloat16, which "ours" is where a
 # processor computes in it, random students' logits, which are close to each other, change places
 # more often than trained ones' do.
 AGREE = {"ours": 0.9, "ours_float32": 0.9999}
