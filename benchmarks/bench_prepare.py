@@ -2,8 +2,8 @@
 
 The peers' form, in our words: the mask is compared with one colour after another in NumPy. In the
 whole preparation they then cut the same 144 tiles and write them with Pillow, at the setting that
-is quickest there (its default takes about twice as long). `loop_our_png` is the same loop with our
-PNG writer. Not part of a plain run, since the loop takes seconds a pass:
+is quickest there. `loop_our_png` is the same loop with our PNG writer. Not part of a plain run,
+since the loop takes seconds a pass:
 
     python benchmarks/throughput.py --section prepare --out benchmarks/results/prepare-NAME.json
 """

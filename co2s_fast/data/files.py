@@ -269,7 +269,7 @@ def save_image(path: Path, image: NDArray[np.uint8]) -> None:
 def save_label(path: Path, label: NDArray[np.uint8], palette: Sequence[Sequence[int]]) -> None:
     """Write class ids as an indexed PNG or TIFF with the dataset's colours, ignore black."""
     # All 256 entries: 255 is a value of its own.
-    _write(path, label, [tuple(color) for color in palette] + [(0, 0, 0)] * (256 - len(palette)))
+    _write(path, label, [*palette, *[(0, 0, 0)] * (256 - len(palette))])
 
 
 def _write(path: Path, pixels: NDArray[np.uint8],

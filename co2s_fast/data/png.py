@@ -2,8 +2,8 @@
 
 Pillow's encoder weighs five filters for every row, also where it is asked not to compress, and no
 option of it says otherwise. Photographs gain next to nothing by the choice, so tiles take the
-difference to the row above ("Up") and zlib's run lengths with Huffman codes, in a third of the
-time. Reading is Pillow's. Format: PNG specification (third edition, W3C 2025), sections 5, 9, 11.
+difference to the row above ("Up") and zlib's run lengths with Huffman codes. Reading is Pillow's.
+Format: PNG specification (third edition, W3C 2025), sections 5, 9, 11.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _RGB, _INDEXED, _RGBA = 0, 2, 3, 6  # colour types
 _NONE, _UP = 0, 2  # filters
+_CHUNK = 1 << 30  # bytes; a chunk may have 2^31 - 1
 
 
 def encode_png(
@@ -51,8 +52,9 @@ def encode_png(
     chunks = [_chunk(b"IHDR", header)]
     if palette is not None:
         chunks.append(_chunk(b"PLTE", bytes(channel for entry in palette for channel in entry)))
-    chunks += [_chunk(b"IDAT", packer.compress(filtered) + packer.flush()), _chunk(b"IEND", b"")]
-    return b"".join([_SIGNATURE, *chunks])
+    packed = packer.compress(filtered) + packer.flush()
+    chunks += [_chunk(b"IDAT", packed[i : i + _CHUNK]) for i in range(0, len(packed), _CHUNK)]
+    return b"".join([_SIGNATURE, *chunks, _chunk(b"IEND", b"")])
 
 
 def _color_type(pixels: NDArray, palette: Sequence[Sequence[int]] | None) -> int:

@@ -93,8 +93,7 @@ class Raster:
         with reading(self.path):
             values = read_bands(self.source, self.bands, window)
             masks = self.source.read_masks(self.bands, window=window) if self._masked else None
-        complete = masks is None and self.is_complete
-        valid = None if complete else self.check(values, masks)
+        valid = None if self.is_complete else self.check(values, masks)
         if self.palette is not None:
             values = self.palette[values[0]].transpose(2, 0, 1)
         return values, valid

@@ -30,7 +30,7 @@ class EvalConfig(BaseModel):
             "all".
         absent: what a class without ground truth does to the mean, see `Metrics`.
         precision: "bfloat16" runs the students under autocast; "auto" does so on CUDA only, and for
-            the maps of `co2s-fast predict` also on a CPU that computes in it, see `for_maps`.
+            the maps of `prediction.predict` also on a CPU that computes in it, see `for_maps`.
         panels: number of validation images to draw.
     """
 
@@ -52,7 +52,7 @@ class EvalConfig(BaseModel):
 
 
 def for_maps(config: EvalConfig, device: torch.device) -> EvalConfig:
-    """The configuration of `co2s-fast predict`: "auto" is bfloat16 where the device computes in it.
+    """The configuration of `prediction.predict`: "auto" is bfloat16 where the device has it.
 
     On a GPU it is, see `EvalConfig`; on a CPU it is with AVX-512 BF16 or AMX, where large students
     are much quicker and few pixels change their class. Scores stay in float32 there, so that they

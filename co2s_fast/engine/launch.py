@@ -15,7 +15,6 @@ from co2s_fast.engine.checkpoint import STATE_FILE
 from co2s_fast.engine.compat import describe_compat
 from co2s_fast.engine.config import CONFIG_FILE, load_config
 from co2s_fast.engine.evaluation import BOTH, evaluate, wanted_predictions, write_evaluation
-from co2s_fast.engine.inference import for_maps
 from co2s_fast.engine.log import say
 from co2s_fast.engine.metrics import format_table
 from co2s_fast.engine.runs import checkpoint_folder, checkpoint_step, load_run
@@ -193,7 +192,6 @@ def predict_run(
         signature=hashlib.sha256(state).hexdigest(),
     )  # fmt: skip
     settings = config.eval.model_copy(update={"precision": precision or config.eval.precision})
-    settings = for_maps(settings, device)
     return predict(
         students, images, out, spec, config=settings, data=config.data, device=device,
         student=student, scale=1.0 if scale is None else scale, outputs=outputs,

@@ -24,6 +24,7 @@ from co2s_fast.data.validation import val_size
 from co2s_fast.engine.inference import (
     EvalConfig,
     evaluating,
+    for_maps,
     fuse,
     image_logits,
     wanted_predictions,
@@ -118,8 +119,8 @@ def predict(
         UsageError: two images would give the same map, a map would replace its image, the folder
             cannot be written to, or polygons are asked for and cannot be had.
     """
-    config, outputs = config or EvalConfig(), outputs or Outputs()
-    device = torch.device(device)
+    device, outputs = torch.device(device), outputs or Outputs()
+    config = for_maps(config or EvalConfig(), device)
     one = "both" if len(students) > 1 else next(iter(students), "")
     (wanted,) = wanted_predictions(students, one if student in ("all", "both") else student)
     running = dict(students) if wanted == "both" else {wanted: students[wanted]}

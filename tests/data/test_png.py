@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from co2s_fast.data import png
 from co2s_fast.data.png import encode_png
 
 
@@ -38,6 +39,14 @@ def test_views_are_written_as_they_look():
     for view in (image[::2, 5:], image.transpose(1, 0, 2), image[..., ::-1]):
         np.testing.assert_array_equal(
             np.asarray(Image.open(io.BytesIO(encode_png(view)))), view)
+
+
+def test_long_pictures_are_written_in_several_chunks(monkeypatch):
+    monkeypatch.setattr(png, "_CHUNK", 100)
+    image = pixels(20, 31, 3)
+    written = encode_png(image)
+    assert written.count(b"IDAT") > 10
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(written))), image)
 
 
 def test_smooth_pictures_and_labels_shrink():
