@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from dataclasses import dataclass
 
@@ -41,14 +42,24 @@ def start(device_type: str) -> Ranks:
     if device_type == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     if not dist.is_initialized():
+        # Before there is a group: its functions would hold one as their default, see `finish`.
+        from torch.distributed import nn  # noqa: F401
+
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
     return ranks
 
 
 def finish() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, and wait for its threads.
+
+    Gloo's threads let go of a collective's tensors a little after it is done, and need the
+    interpreter for it: one that is late while the interpreter shuts down aborts the process
+    (pytorch/pytorch#190489). They end with the last reference to the group, so whoever calls this
+    has let go of its DistributedDataParallel before.
+    """
     if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel refers to itself
         dist.destroy_process_group()
 
 

@@ -70,9 +70,9 @@ def train(
     with ExitStack() as stack:
         stack.callback(distributed.finish)
         trainer = Trainer(config, progress=progress)
+        stack.callback(trainer.close)
         trainer.set_up(resume=resume, dry_run=dry_run)
         if not dry_run:
-            stack.callback(trainer.close)
             trainer.stop = stack.enter_context(StopSignal())
             trainer.run()
     return config.folder
@@ -393,6 +393,7 @@ class Trainer:
         bar.set_postfix(self.shown, refresh=False)
 
     def close(self) -> None:
-        """Close the log."""
+        """Close the log, and let go of the process group."""
+        self.step_module = None
         if self.log is not None:
             self.log.close()

@@ -6,6 +6,7 @@ Usage: ddp_worker.py gradients CONFIG.yaml OUT.safetensors | ddp_worker.py train
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 import yaml
@@ -32,7 +33,13 @@ def gradients(config: RunConfig, out: str) -> None:
     if trainer.ranks.is_main:
         tensors = {n: p.grad for n, p in trainer.method.named_parameters() if p.grad is not None}
         save_file(tensors, out, metadata={key: repr(value) for key, value in losses.items()})
+    trainer.close()
     distributed.finish()
+
+
+def thread_names() -> list[str]:
+    """Of the threads of this process; none where there is no /proc."""
+    return [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
 
 
 if __name__ == "__main__":
@@ -41,3 +48,5 @@ if __name__ == "__main__":
         gradients(content, sys.argv[3])
     else:
         train(content, progress=False)
+        left = [name for name in thread_names() if "gloo" in name]
+        assert not left, f"{left} may abort the process while the interpreter shuts down"
