@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
 from benchmarks import accuracy, tables
+from co2s_fast.engine.config import load_config
 
 
 class FakeTraining:
@@ -114,3 +115,10 @@ def test_a_run_without_evaluation_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "start"}\n')
     with pytest.raises(Exception, match="holds no evaluation"):
         accuracy.read_evaluations(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", sorted((accuracy.ROOT / "benchmarks/recipes").glob("*.yaml")))
+@pytest.mark.parametrize("method", accuracy.METHODS)
+def test_recipes_of_results_serve_both_methods(recipe, method) -> None:
+    config = load_config(recipe, options={"method": {"name": method}})
+    assert config.method.name == method
