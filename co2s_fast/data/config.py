@@ -21,6 +21,8 @@ class DataConfig(BaseModel):
         split_seed: seed of a split made from a ratio or a number.
         crop: side of training crops in pixels; None: the dataset's.
         scale: overrides the dataset's scale rule; scale_range: its range.
+        rotate90: turn training crops by 0, 90, 180 or 270 degrees, all alike likely; with the flip
+            that is every orientation of a view from straight above. The paper has it off.
         batch_size: labelled images a step, and unlabelled images a step, over all ranks.
         workers: a rank's loader processes (torch; 0 loads in the training process) or threads
             (DALI). The batches are the same.
@@ -49,6 +51,7 @@ class DataConfig(BaseModel):
     crop: int | None = Field(default=None, ge=16)
     scale: Literal["native"] | tuple[int, int] | None = None
     scale_range: tuple[float, float] | None = None
+    rotate90: bool = False
     batch_size: int = Field(default=4, ge=1)
     workers: int = Field(default=2, ge=0)
     loader: Literal["auto", "torch", "dali"] = "auto"

@@ -31,7 +31,7 @@ LABELED, UNLABELED = 0, 1
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a crop lies: the image resized to (height, width), then cropped, then flipped.
+    """Where a crop lies: the image resized to (height, width), cropped, flipped, then turned.
 
     Args:
         height: rows of the whole image after resizing.
@@ -40,6 +40,7 @@ class Geometry:
         left: first column of the crop.
         crop: side of the crop.
         flip: mirrored left to right.
+        turns: quarter turns to the left after that, padding and all.
     """
 
     height: int
@@ -48,15 +49,16 @@ class Geometry:
     left: int
     crop: int
     flip: bool
+    turns: int = 0
 
     @property
     def valid_height(self) -> int:
-        """Rows of the crop that are image; the rest, below, is padding."""
+        """Rows of the crop that are image before it is turned; the rest, below, is padding."""
         return min(self.crop, self.height - self.top)
 
     @property
     def valid_width(self) -> int:
-        """Columns of the crop that are image, before the flip."""
+        """Columns of the crop that are image before it is flipped and turned."""
         return min(self.crop, self.width - self.left)
 
 
@@ -95,11 +97,12 @@ class Draws:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The dataset's share in the choices: crop, scale rule and scale range."""
+    """The dataset's and the run's share in the choices: crop, scale rule and range, turns."""
 
     crop: int
     scale: Literal["native"] | Sequence[int] = "native"
     scale_range: tuple[float, float] = (0.5, 2.0)
+    rotate90: bool = False
 
 
 class Generator:
@@ -142,11 +145,13 @@ def draw(rng: Generator, height: int, width: int, recipe: Recipe, strong: bool) 
 
 
 def draw_geometry(rng: Generator, height: int, width: int, recipe: Recipe) -> Geometry:
-    """Random rescale, crop and horizontal flip."""
+    """Random rescale, crop and horizontal flip; quarter turns where the recipe has them."""
     new_height, new_width = draw_size(rng, height, width, recipe)
     top = rng.integer(0, max(new_height - recipe.crop, 0))
     left = rng.integer(0, max(new_width - recipe.crop, 0))
-    return Geometry(new_height, new_width, top, left, recipe.crop, rng.random() < 0.5)
+    flip = rng.random() < 0.5
+    turns = rng.integer(0, 3) if recipe.rotate90 else 0  # not drawn: other numbers stay theirs
+    return Geometry(new_height, new_width, top, left, recipe.crop, flip, turns)
 
 
 def draw_size(rng: Generator, height: int, width: int, recipe: Recipe) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from co2s_fast.data.transforms import (
     crop_label,
     enlarges,
     nearest_pixels,
+    oriented,
     padding_map,
     resampled,
     source_box,
@@ -107,9 +108,7 @@ class RasterPixels:
             rows = nearest_pixels(self.height, geometry.height, geometry.top, size[1]) - top
             columns = nearest_pixels(self.width, geometry.width, geometry.left, size[0]) - left
             ignore[: size[1], : size[0]][missing[rows][:, columns]] = IGNORE
-        if geometry.flip:
-            crop, ignore = crop[..., ::-1], ignore[:, ::-1]
-        return Crop(np.ascontiguousarray(crop), np.ascontiguousarray(ignore))
+        return Crop(oriented(crop, geometry), oriented(ignore, geometry))
 
     def whole(self) -> tuple[NDArray, NDArray[np.bool_] | None]:
         """See `Pixels`."""

@@ -29,9 +29,9 @@ PARTNER = "partner"
 
 
 def recipe(config: DataConfig, spec: DatasetSpec) -> D.Recipe:
-    """Crop and scale rule of a run: the configuration's where given, else the dataset's."""
+    """Crop, scale rule and turns of a run: the configuration's where given, else the dataset's."""
     return D.Recipe(config.crop or spec.crop, config.scale or spec.scale,
-                    config.scale_range or spec.scale_range)
+                    config.scale_range or spec.scale_range, config.rotate90)
 
 
 def steps_per_epoch(config: DataConfig, split: Split) -> int:

@@ -19,9 +19,12 @@ from co2s_fast.data.draws import Colour, Geometry
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+TURN = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+"""Pillow's names for quarter turns to the left."""
+
 
 def crop_image(image: Image.Image, geometry: Geometry, antialias: bool) -> Image.Image:
-    """The crop of an image: resized, zero padded at right and bottom, flipped."""
+    """The crop of an image: resized, zero padded at right and bottom, flipped, turned."""
     size, box = source_box(image.size, geometry)
     crop = resampled(image, size, box, antialias or enlarges(image.size, geometry))
     if geometry.flip:
@@ -30,7 +33,7 @@ def crop_image(image: Image.Image, geometry: Geometry, antialias: bool) -> Image
         whole = Image.new(image.mode, (geometry.crop, geometry.crop))
         whole.paste(crop, (geometry.crop - size[0] if geometry.flip else 0, 0))
         crop = whole
-    return crop
+    return crop.transpose(TURN[geometry.turns]) if geometry.turns else crop
 
 
 def enlarges(size: tuple[int, int], geometry: Geometry) -> bool:
@@ -63,20 +66,27 @@ def crop_label(label: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8
     crop = label[rows][:, columns]
     out = np.full((geometry.crop, geometry.crop), IGNORE, np.uint8)
     out[: crop.shape[0], : crop.shape[1]] = crop
-    return np.ascontiguousarray(out[:, ::-1]) if geometry.flip else out
+    return oriented(out, geometry)
 
 
 def padding_map(geometry: Geometry) -> NDArray[np.uint8]:
     """255 where the crop is padding, 0 where it is image."""
     out = np.full((geometry.crop, geometry.crop), IGNORE, np.uint8)
     out[: geometry.valid_height, : geometry.valid_width] = 0
-    return np.ascontiguousarray(out[:, ::-1]) if geometry.flip else out
+    return oriented(out, geometry)
+
+
+def oriented(crop: NDArray, geometry: Geometry) -> NDArray:
+    """A crop [..., crop, crop], padded at right and bottom, flipped and turned."""
+    if geometry.flip:
+        crop = crop[..., ::-1]
+    return np.ascontiguousarray(np.rot90(crop, geometry.turns, (-2, -1)))
 
 
 def source_box(
     size: tuple[int, int], geometry: Geometry
 ) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
-    """Where the pixels of a crop come from, before the flip.
+    """Where the pixels of a crop come from, before it is flipped and turned.
 
     Args:
         size: (width, height) of the source image.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,6 +157,18 @@ def test_crops_are_uniform_and_inside():
         # Chi-square of that many cells: mean n - 1, spread sqrt(2 (n - 1)); five spreads.
         chi_square = ((counts - expected) ** 2 / expected).sum()
         assert chi_square < len(counts) + 5 * np.sqrt(2 * len(counts))
+
+
+def test_quarter_turns_are_alike_likely_and_shift_no_other_number():
+    plain, turned = (
+        [draw_geometry(rng, 80, 64, Recipe(32, "native", (1, 1), rotate90=on)) for rng in rngs()]
+        for on in (False, True)
+    )
+    assert {g.turns for g in plain} == {0}
+    assert [replace(g, turns=0) for g in turned] == plain
+    counts = np.bincount([g.turns for g in turned])
+    assert len(counts) == 4
+    assert ((counts - DRAWS / 4) ** 2 / (DRAWS / 4)).sum() < 16.3  # chi-square, 3 free, p = 0.001
 
 
 def test_validation_size(recorded):

@@ -80,12 +80,13 @@ def test_shapes_and_types(demo):
     assert len(batch.labeled_files) == len(batch.unlabeled_files) == 4 and batch.colours is None
 
 
-@pytest.mark.parametrize("scale", ["native", (512, 128)])
-def test_batches_of_the_torch_pipeline(demo, scale):
-    """Decode, resize, crop, flip, pad within three levels of 255; all that is no image exactly."""
+@pytest.mark.parametrize("options", [{"scale": "native"}, {"scale": (512, 128)},
+                                     {"scale": "native", "rotate90": True}], ids=str)
+def test_batches_of_the_torch_pipeline(demo, options):
+    """Decode, resize, crop, flip, pad and turn within three levels of 255; all else exactly."""
     steps = 12
-    ours = list(demo(0, steps, scale=scale))
-    theirs = list(demo(0, steps, scale=scale, loader="torch", workers=0))
+    ours = list(demo(0, steps, **options))
+    theirs = list(demo(0, steps, **options, loader="torch", workers=0))
     assert len(ours) == len(theirs) == steps
     for one, other in zip(ours, theirs, strict=True):
         assert_close(one, other)

@@ -145,6 +145,31 @@ def test_labelled_and_truth_are_crops_of_their_files(load, demo_spec):
                 assert np.array_equal(label, classes if plain else classes[:, ::-1])
 
 
+def test_crops_in_every_orientation(load, demo_spec):
+    """The eight of a square, images, labels and padding alike."""
+    by_name = {i.name: i for i in (*load.split.labeled, *load.split.unlabeled)}
+    seen = set()
+    for batch in load(0, 12, scale_range=(1, 1), rotate90=True):
+        for images, labels, names in ((batch.x, batch.y, batch.labeled_files),
+                                      (batch.w, batch.truth, batch.unlabeled_files)):
+            for image, label, name in zip(images, labels, names, strict=True):
+                pixels = load_image(by_name[name].image).transpose(2, 0, 1)
+                classes = load_label(by_name[name], demo_spec)
+                matches = [(flip, turns) for flip in (1, -1) for turns in range(4)
+                           if np.array_equal(image, np.rot90(pixels[..., ::flip], turns, (1, 2)))]
+                assert len(matches) == 1
+                flip, turns = matches[0]
+                assert np.array_equal(label, np.rot90(classes[:, ::flip], turns))
+                seen.add(matches[0])
+    assert len(seen) == 8
+    small = load(0, 6, scale_range=(0.5, 0.5), rotate90=True)
+    corners = torch.cat([batch.ignore for batch in small])[:, ::127, ::127].flatten(1)
+    assert len({tuple(row.tolist()) for row in corners}) == 4  # the image lies in any corner
+    for batch in small:
+        assert (batch.w.amax(1)[batch.ignore == 255] == 0).all()
+        assert (batch.truth[batch.ignore == 255] == 255).all()
+
+
 def test_views_asked_for(load):
     only = load(0, 1, views={"x"})[0]
     assert only.w is None and only.boxes1 is None and only.ignore is None and only.truth is None

@@ -196,6 +196,9 @@ def test_no_data_is_ignored_and_left_out(tmp_path, kind):
     crop = image.crop(Geometry(32, 32, 8, 0, 32, flip=True), True)
     assert (crop.ignore[:8] == 255).all() and (crop.ignore[8:24] == 0).all()
     assert (crop.ignore[24:] == 255).all()
+    turned = image.crop(Geometry(32, 32, 8, 0, 32, flip=True, turns=1), True)
+    np.testing.assert_array_equal(turned.ignore, np.rot90(crop.ignore))
+    np.testing.assert_array_equal(turned.pixels, np.rot90(crop.pixels, axes=(1, 2)))
 
 
 def test_no_data_in_colour_of_8_bits(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -110,6 +111,24 @@ def test_padding_is_at_the_right_and_bottom_and_flips_with_the_image():
     np.testing.assert_array_equal(padding_map(g), expected)
     flipped = Geometry(20, 30, 0, 0, 48, flip=True)
     np.testing.assert_array_equal(padding_map(flipped), expected[:, ::-1])
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_quarter_turns_come_last_for_image_label_and_padding(turns, antialias):
+    image, label = picture(), np.random.default_rng(0).integers(0, 9, (70, 90)).astype(np.uint8)
+    for g in geometries(NATIVE, count=10):
+        turned = replace(g, turns=turns)
+        pairs = (
+            (crop_image(image, turned, antialias), crop_image(image, g, antialias)),
+            (crop_label(label, turned), crop_label(label, g)),
+            (padding_map(turned), padding_map(g)),
+        )
+        for found, still in pairs:
+            expected = np.asarray(still)
+            for _ in range(turns):  # to the left: what was the top is at the left, upside down
+                expected = expected.swapaxes(0, 1)[::-1]
+            np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 def channels_first(image):

@@ -95,7 +95,7 @@ def pick(inputs: dict[str, Node], prefix: str) -> dict[str, Node]:
 
 
 def crop_image(image: dict[str, Node], crop: int, antialias: bool, on_gpu: bool) -> Node:
-    """Decode, rescale, crop, flip and pad with zeros: uint8 [crop, crop, 3].
+    """Decode, rescale, crop, flip, pad with zeros and turn: uint8 [crop, crop, 3].
 
     Only the crop's window is resized; a region given from right to left is mirrored.
     """
@@ -103,7 +103,11 @@ def crop_image(image: dict[str, Node], crop: int, antialias: bool, on_gpu: bool)
         decode(image["image"], on_gpu), size=image["size"], roi_start=image["start"],
         roi_end=image["end"], interp_type=types.INTERP_LINEAR, antialias=antialias,
     )  # fmt: skip
-    return pad_if(part, image["padded"], image["corner"], crop)
+    whole = pad_if(part, image["padded"], image["corner"], crop)
+    if "transposed" not in image:
+        return whole
+    turned = transpose_if(whole, image["transposed"])
+    return fn.flip(turned, vertical=image["upside_down"], horizontal=image["mirrored"])
 
 
 def decode(encoded: Node, on_gpu: bool) -> Node:
@@ -119,6 +123,14 @@ def pad_if(part: Node, wanted: Node, corner: Node, crop: int) -> Node:
     else:
         padded = part
     return padded
+
+
+def transpose_if(part: Node, wanted: Node) -> Node:
+    if wanted:
+        transposed = fn.transpose(part, perm=[1, 0, 2], transpose_layout=False)
+    else:
+        transposed = part
+    return transposed
 
 
 def planar(image: Node) -> Node:

@@ -53,8 +53,10 @@ def step_arrays(plan: Plan, stream: int, step: int, position: int,
     drawn = plan.draw(step, position, stream, height, width, label)
     geometry = drawn.geometry
     prefix = "x" if stream == LABELED else "u"
-    arrays = {f"{prefix}_{key}": value for key, value in
-              {"image": encoded, **geometry_arrays(geometry, height, width)}.items()}
+    of_image = {"image": encoded, **geometry_arrays(geometry, height, width)}
+    if plan.recipe.rotate90:
+        of_image |= turn_arrays(geometry)
+    arrays = {f"{prefix}_{key}": value for key, value in of_image.items()}
     transparent = _transparent(item.image, encoded)
     ignore = padding_map(geometry) if transparent is None else crop_label(
         np.where(transparent, np.uint8(IGNORE), np.uint8(0)), geometry)
@@ -77,7 +79,9 @@ def step_arrays(plan: Plan, stream: int, step: int, position: int,
 
 def input_names(plan: Plan, stream: int) -> list[str]:
     """Names of the arrays of one image, in the order the graph takes them."""
-    image = ["image", *geometry_arrays(Geometry(1, 1, 0, 0, 1, False), 1, 1)]
+    geometry = Geometry(1, 1, 0, 0, 1, False)
+    image = ["image", *geometry_arrays(geometry, 1, 1)]
+    image += turn_arrays(geometry) if plan.recipe.rotate90 else ()
     if stream == LABELED:
         return [*(f"x_{key}" for key in image), "y"]
     if not plan.has_unlabeled:
@@ -104,6 +108,15 @@ def geometry_arrays(geometry: Geometry, height: int, width: int) -> Arrays:
         "size": np.array((size[1], size[0]), np.float32),
         "corner": np.array((0, corner), np.int32),
         "padded": np.array(size != (geometry.crop, geometry.crop)),
+    }
+
+
+def turn_arrays(geometry: Geometry) -> Arrays:
+    """Quarter turns as numbers for DALI: `transposed`, and what is flipped after that."""
+    return {
+        "transposed": np.array(geometry.turns % 2 == 1),
+        "upside_down": np.array(geometry.turns in (1, 2), np.int32),
+        "mirrored": np.array(geometry.turns in (2, 3), np.int32),
     }
 
 
