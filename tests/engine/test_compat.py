@@ -135,7 +135,7 @@ def test_a_recipe_may_name_a_profile(tmp_path) -> None:
     assert config.method.stability_gradient == "none"
     assert config.method.stability_padding == "mask"
     assert config.method.class_thresholds == 0.0  # which its base asks for
-    assert config.method.fp_weight == 0.25  # doubled in its base
+    assert config.method.supervised_weight == 0.5  # doubled in its base
     content = yaml.safe_load(path.read_text())
     content |= {"data": {"ratio": "1/8"}, "train": {"epochs": 2, "steps": None}}
     path.write_text(yaml.safe_dump(content))
