@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
-from benchmarks import accuracy, tables
+from benchmarks import accuracy, results, tables
 from co2s_fast.engine.config import load_config
 
 
@@ -117,8 +117,13 @@ def test_a_run_without_evaluation_is_named(tmp_path):
         accuracy.read_evaluations(tmp_path)
 
 
-@pytest.mark.parametrize("recipe", sorted((accuracy.ROOT / "benchmarks/recipes").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in results.FOLDER.glob("accuracy_*.json")))
 @pytest.mark.parametrize("method", accuracy.METHODS)
-def test_recipes_of_results_serve_both_methods(recipe, method) -> None:
-    config = load_config(recipe, options={"method": {"name": method}})
-    assert config.method.name == method
+def test_options_of_results_serve_both_methods(name, method) -> None:
+    """The recipe and the values that a committed result was measured with still load."""
+    given = json.loads((results.FOLDER / f"{name}.json").read_text())["options"]
+    values = dict.fromkeys(("--recipe", "--set"), ())
+    for option, value in zip(given[::2], given[1::2], strict=True):
+        values[option] += (value,)
+    config = load_config(*values["--recipe"], values["--set"], {"method": {"name": method}})
+    assert config.method.name == method and config.train.steps > 0
