@@ -21,8 +21,8 @@ class DataConfig(BaseModel):
         split_seed: seed of a split made from a ratio or a number.
         crop: side of training crops in pixels; None: the dataset's.
         scale: overrides the dataset's scale rule; scale_range: its range.
-        rotate90: turn training crops by 0, 90, 180 or 270 degrees, all alike likely; with the flip
-            that is every orientation of a view from straight above. The paper has it off.
+        rotate90: turn training crops by 0, 90, 180 or 270 degrees, each as likely; with the flip
+            that is every orientation of a view from straight above. The paper does not turn them.
         batch_size: labelled images a step, and unlabelled images a step, over all ranks.
         workers: a rank's loader processes (torch; 0 loads in the training process) or threads
             (DALI). The batches are the same.
