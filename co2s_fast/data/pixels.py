@@ -69,11 +69,11 @@ class PicturePixels:
 
     def crop(self, geometry: Geometry, antialias: bool) -> Crop:
         """See `Pixels`."""
-        crop = np.asarray(crop_image(self._image, geometry, antialias)).transpose(2, 0, 1)
+        crop = crop_image(self._image, geometry, antialias)
         if self._transparent is None:
-            return Crop(np.ascontiguousarray(crop), padding_map(geometry))
+            return Crop(crop, padding_map(geometry))
         nothing = np.where(self._transparent, np.uint8(IGNORE), np.uint8(0))
-        return Crop(np.ascontiguousarray(crop), crop_label(nothing, geometry))
+        return Crop(crop, crop_label(nothing, geometry))
 
     def whole(self) -> tuple[NDArray, NDArray[np.bool_] | None]:
         """See `Pixels`."""

@@ -309,7 +309,7 @@ def _check_sizes(split: Split, config: DataConfig, folder: Path) -> None:
     if len(split.labeled) < config.batch_size:
         raise DataError(
             f"{folder / 'labeled.txt'}: {len(split.labeled)} labelled images, fewer than the batch "
-            f"size {config.batch_size}; lower the batch size or label more"
+            f"size {config.batch_size}; lower data.batch_size or label more"
         )
     if split.unlabeled and len(split.unlabeled) < config.batch_size:
         raise DataError(

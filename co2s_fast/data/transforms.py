@@ -19,21 +19,20 @@ from co2s_fast.data.draws import Colour, Geometry
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TURN = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
-"""Pillow's names for quarter turns to the left."""
 
+def crop_image(image: Image.Image, geometry: Geometry, antialias: bool) -> NDArray:
+    """The crop of an image: resized, zero padded at right and bottom, flipped, turned.
 
-def crop_image(image: Image.Image, geometry: Geometry, antialias: bool) -> Image.Image:
-    """The crop of an image: resized, zero padded at right and bottom, flipped, turned."""
+    Returns:
+        [C, crop, crop]; of an image of one band [crop, crop].
+    """
     size, box = source_box(image.size, geometry)
-    crop = resampled(image, size, box, antialias or enlarges(image.size, geometry))
-    if geometry.flip:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if size != (geometry.crop, geometry.crop):
-        whole = Image.new(image.mode, (geometry.crop, geometry.crop))
-        whole.paste(crop, (geometry.crop - size[0] if geometry.flip else 0, 0))
-        crop = whole
-    return crop.transpose(TURN[geometry.turns]) if geometry.turns else crop
+    pixels = np.asarray(resampled(image, size, box, antialias or enlarges(image.size, geometry)))
+    if pixels.ndim == 3:
+        pixels = pixels.transpose(2, 0, 1)
+    crop = np.zeros((*pixels.shape[:-2], geometry.crop, geometry.crop), pixels.dtype)
+    crop[..., : size[1], : size[0]] = pixels
+    return oriented(crop, geometry)
 
 
 def enlarges(size: tuple[int, int], geometry: Geometry) -> bool:

@@ -59,7 +59,8 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
                              "pretraining is for students that start from random ones")
     spec = open_dataset(config.data)
     config = fit_students(config, spec)
-    split = open_split(config.data, spec)
+    # No label is learnt from: there may be fewer than the training batch wants.
+    split = open_split(config.data.model_copy(update={"batch_size": 1}), spec)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -48,6 +48,13 @@ def test_a_run_starts_from_pretrained_backbones(run_content, tmp_path) -> None:
     assert not (tmp_path / "twice").exists()
 
 
+def test_fewer_labels_than_a_training_batch(run_content, tmp_path) -> None:
+    content = run_content()
+    content["data"]["batch_size"] = 100
+    pretrain(config_of(content, steps=2), tmp_path, progress=False)
+    assert json.loads((tmp_path / "pretrain.json").read_text())["images"] < 100
+
+
 def test_weights_that_are_not_of_pretraining(run_content, tmp_path) -> None:
     content = run_content()
     file = tmp_path / "clip.safetensors"
