@@ -44,6 +44,9 @@ class ConsistencyConfig(MethodConfig):
             take one more pass of each student.
         distribution_alignment: strength of `DistributionAlignment` on the pseudo-labels; 0, as the
             paper has it, leaves them alone.
+        alignment_prior: weight of what the students predict early, against the labelled classes'
+            frequencies, in what `DistributionAlignment` aligns to. Early is while
+            `consistency_ramp` rises.
         class_thresholds: strength of `ClassThresholds` on the confidences; 0, as the paper has it,
             leaves one threshold for all classes.
         consistency_ramp: share of the run over which the weights of the strong views' terms rise on
@@ -57,6 +60,7 @@ class ConsistencyConfig(MethodConfig):
     cutmix_shards: int = Field(default=1, ge=1)
     cutmix_partner: Literal["batch", "same-image"] = "batch"
     distribution_alignment: float = Field(default=0.0, ge=0, le=2)
+    alignment_prior: float = Field(default=0.0, ge=0, le=1)
     class_thresholds: float = Field(default=0.0, ge=0, le=2)
     consistency_ramp: float = Field(default=0.0, ge=0, le=1)
 
@@ -65,6 +69,9 @@ class ConsistencyConfig(MethodConfig):
         for option in ("distribution_alignment", "class_thresholds"):
             if self.cutmix_partner == "same-image" and getattr(self, option):
                 raise ValueError(f"{option} needs cutmix_partner 'batch', found 'same-image'")
+        if self.distribution_alignment and self.alignment_prior and not self.consistency_ramp:
+            raise ValueError("alignment_prior needs consistency_ramp > 0, found 0: without a ramp "
+                             "students never predict what labels alone taught them")
         return self
 
 
@@ -79,11 +86,13 @@ class ConsistencyMethod(Method):
         self, students: Mapping[str, Student], config: ConsistencyConfig, *, seed: int = 0
     ) -> None:
         super().__init__(students, config, seed=seed)
-        strength = config.distribution_alignment
         self.alignment = nn.ModuleDict()
-        if strength > 0:
+        if config.distribution_alignment > 0:
             for name, student in students.items():
-                self.alignment[name] = DistributionAlignment(student.num_classes, strength)
+                self.alignment[name] = DistributionAlignment(
+                    student.num_classes, config.distribution_alignment,
+                    prior=config.alignment_prior,
+                )  # fmt: skip
         if config.cutmix_partner == "same-image":
             self.views = self.views | {PARTNER}
         self.thresholds = nn.ModuleDict()
@@ -105,7 +114,7 @@ class ConsistencyMethod(Method):
         ramp = cosine_ramp(step, total_steps, 1.0, self.config.consistency_ramp)
         for name, views in logits.items():
             self.add_supervised(terms, name, views["x"], batch.y)
-            confidence, label = self.label_weak_views(name, views["w"], batch)
+            confidence, label = self.label_weak_views(name, views["w"], batch, ramp)
             maps = [label, confidence, batch.ignore]
             of_mates = None if mates is None else self.pseudo_labels(name, mates)
             for view in self.strong:
@@ -121,10 +130,16 @@ class ConsistencyMethod(Method):
         self.add_joint_terms(terms, logits, batch, step, total_steps)
         return {**terms.finish(), **counts}
 
-    def label_weak_views(self, name: str, weak: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Confidence and label of every unlabelled pixel, [B, H, W], as student `name` says."""
+    def label_weak_views(
+        self, name: str, weak: Tensor, batch: Batch, ramp: float
+    ) -> tuple[Tensor, Tensor]:
+        """Confidence and label of every unlabelled pixel, [B, H, W], as student `name` says.
+
+        `ramp` is the share of their weight that the strong views have at this step.
+        """
         if name in self.alignment:
-            weak = self.alignment[name](weak, batch.y, batch.ignore)
+            weak = self.alignment[name](weak, batch.y, batch.ignore, taught=ramp,
+                                        students=self.alignment.values())
         confidence, label = pseudo_labels_of(weak, batch.w)
         if name in self.thresholds:
             confidence = self.thresholds[name](weak, confidence, label, batch.ignore)

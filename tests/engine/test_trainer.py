@@ -93,7 +93,8 @@ def test_stopping_and_resuming_changes_nothing(
 ) -> None:
     """SIGTERM between two log records (3 and 5 are odd), then --resume."""
     content = run_content()
-    content["method"]["distribution_alignment"] = alignment
+    content["method"] |= {"distribution_alignment": alignment, "alignment_prior": alignment / 2,
+                          "consistency_ramp": alignment}  # fmt: skip
     whole = start(content)
     broken = {**content, "out": str(tmp_path / "broken")}
     make_step = Trainer._make_step

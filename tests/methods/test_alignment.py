@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from co2s_fast.methods.alignment import FLOOR, DistributionAlignment
+from co2s_fast.methods.fixmatch import FixMatchConfig
 
 
 def test_numbers_by_hand() -> None:
@@ -18,6 +19,40 @@ def test_numbers_by_hand() -> None:
     shift = 0.5 * ((labeled + FLOOR).log() - (predicted + FLOOR).log())
     torch.testing.assert_close(shifted, logits + shift.view(1, 3, 1, 1))
     assert not shifted.requires_grad
+
+
+def test_early_predictions_of_all_students_by_hand() -> None:
+    first, second = (DistributionAlignment(3, strength=1.0, momentum=0.5, prior=0.25)
+                     for _ in range(2))
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([[[0, 0, 0, 1]]], dtype=torch.uint8)
+    mean = logits.softmax(1).mean((0, 2, 3))
+    shifted = first(logits, target, None, taught=0.2, students=(first, second))
+    labeled = 0.5 / 3 + 0.5 * torch.tensor([0.75, 0.25, 0.0])
+    predicted = 0.5 / 3 + 0.5 * mean
+    of_first = 0.6 / 3 + 0.4 * mean  # half of 1 - 0.2 is taken in
+    early = (of_first + torch.full((3,), 1 / 3)) / 2
+    shift = (0.75 * (labeled + FLOOR).log() + 0.25 * (early + FLOOR).log()
+             - (predicted + FLOOR).log())  # fmt: skip
+    torch.testing.assert_close(shifted, logits + shift.view(1, 3, 1, 1))
+    torch.testing.assert_close(first.early, of_first)
+    first(logits + torch.tensor([9.0, 0, 0]).view(1, 3, 1, 1), target, None, taught=1.0)
+    torch.testing.assert_close(first.early, of_first)
+
+
+def test_alone_a_student_has_its_own_early_predictions() -> None:
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([[[0, 0, 0, 1]]], dtype=torch.uint8)
+    alone, listed = (DistributionAlignment(3, strength=1.0, prior=0.5) for _ in range(2))
+    torch.testing.assert_close(alone(logits, target, None, taught=0.0),
+                               listed(logits, target, None, taught=0.0, students=[listed]))
+
+
+def test_what_students_predict_early_is_no_ground_to_align_to_without_a_ramp() -> None:
+    with pytest.raises(ValueError, match="alignment_prior needs consistency_ramp > 0, found 0"):
+        FixMatchConfig(distribution_alignment=1.0, alignment_prior=0.5)
+    FixMatchConfig(alignment_prior=0.5)  # aligns to nothing
+    FixMatchConfig(distribution_alignment=1.0, alignment_prior=0.5, consistency_ramp=0.3)
 
 
 def test_an_over_predicted_class_loses_confidence() -> None:
@@ -58,3 +93,16 @@ def test_only_where_it_is_asked_for(make_method, make_batch, name) -> None:
     assert aligned["clip/x"] == plain["clip/x"]
     assert aligned["clip/s1"] != plain["clip/s1"]
     assert all(not torch.equal(v, before[k]) for k, v in method.own_state().items())
+
+
+def test_early_predictions_are_taken_in_as_far_as_the_ramp_leaves(make_method, make_batch) -> None:
+    method = make_method("co2s", distribution_alignment=1.0, alignment_prior=0.5,
+                         consistency_ramp=0.5)  # fmt: skip
+    states = []
+    for step in (0, 2, 5):
+        method(make_batch(), step, 10)
+        states.append(method.own_state()["alignment.clip.early"].clone())
+    uniform = torch.full_like(states[0], 1 / len(states[0]))
+    assert not torch.equal(states[0], uniform)
+    assert not torch.equal(states[1], states[0])
+    assert torch.equal(states[2], states[1])
