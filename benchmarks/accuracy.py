@@ -182,9 +182,9 @@ def content_of(name: str, plans: list[Plan], runs: list[dict[str, Any]]) -> dict
 @click.option("--name", help="Name in the result file accuracy_NAME.json. Default: the dataset's.")
 @click.option("--labels", type=int, multiple=True, required=True, help="Repeatable.")
 @click.option("--method", "methods", multiple=True, default=METHODS, show_default=True)
-@click.option(
-    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Seeds 0 to N-1."
-)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many.")
+@click.option("--first-seed", type=click.IntRange(0), default=0, show_default=True,
+              help="Seeds count from here: 3 leaves out those that a recipe was chosen on.")
 @click.option("--recipe", help="A recipe of the package or a YAML file.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As in train.")
 @click.option("--one-split", is_flag=True, help="Every seed gets the same labelled images.")
@@ -193,8 +193,8 @@ def content_of(name: str, plans: list[Plan], runs: list[dict[str, Any]]) -> dict
 @click.option("--out", type=click.Path(path_type=Path), help="Default: results/accuracy_NAME.json.")
 def main(
     dataset: str, data_root: Path | None, name: str | None, labels: tuple[int, ...],
-    methods: tuple[str, ...], seeds: int, recipe: str | None, overrides: tuple[str, ...],
-    one_split: bool, work: Path, out: Path | None,
+    methods: tuple[str, ...], seeds: int, first_seed: int, recipe: str | None,
+    overrides: tuple[str, ...], one_split: bool, work: Path, out: Path | None,
 ) -> None:  # fmt: skip
     options: list[str] = []
     if data_root is not None:
@@ -206,7 +206,7 @@ def main(
     plans = [
         Plan(dataset, count, method, seed, tuple(options), one_split)
         for count in labels
-        for seed in range(seeds)
+        for seed in range(first_seed, first_seed + seeds)
         for method in methods
     ]
     name = name or Path(dataset).stem

@@ -85,6 +85,11 @@ def test_commands_differ_in_method_and_seed_only(run, training):
     assert seen == {(m, s) for m in ("onlysup", "co2s") for s in "01"}
 
 
+def test_seeds_that_nothing_was_chosen_on(run, training):
+    assert run("--first-seed", "3").exit_code == 0
+    assert [c[c.index("--seed") + 1] for c in training.calls] == ["3", "3", "4", "4"]
+
+
 def test_finished_runs_are_skipped(run, training):
     run()
     assert len(training.calls) == 4
