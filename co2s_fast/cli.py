@@ -108,7 +108,7 @@ def train(**options: Any) -> None:
 @offline_option
 @one_line_errors
 def pretrain(**options: Any) -> None:
-    """Pretrain students that start from random weights, on the training images, without labels.
+    """Pretrain students that start from random weights, on the unlabelled training images.
 
     \b
     co2s-fast pretrain --dataset mine.yaml --labels 20 --out weights/mine

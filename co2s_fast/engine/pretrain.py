@@ -1,4 +1,4 @@
-"""Self-supervised pretraining of the students' backbones on the training images themselves.
+"""Self-supervised pretraining of the students' backbones on the unlabelled training images.
 
 For students that start from random weights. Patches of an image are hidden and the backbone's
 deepest map has to give their pixels: SimMIM (Xie et al., CVPR 2022: mask in the image, one linear
@@ -42,7 +42,7 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
 
     Args:
         config: students, data, seed and the `pretrain` section of a training run. The images are
-            those that it would train on, labelled or not.
+            those that it would train on without labels.
         out: folder for the files and `pretrain.json`, which says what they come from.
         progress: draw a bar for each student.
 
@@ -61,6 +61,9 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
     config = fit_students(config, spec)
     # No label is learnt from: there may be fewer than the training batch wants.
     split = open_split(config.data.model_copy(update={"batch_size": 1}), spec)
+    if not split.unlabeled:
+        raise DataError(f"{split.folder / 'unlabeled.txt'}: empty, and pretraining learns from "
+                        "unlabelled images")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

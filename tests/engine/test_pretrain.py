@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -53,6 +54,17 @@ def test_fewer_labels_than_a_training_batch(run_content, tmp_path) -> None:
     content["data"]["batch_size"] = 100
     pretrain(config_of(content, steps=2), tmp_path, progress=False)
     assert json.loads((tmp_path / "pretrain.json").read_text())["images"] < 100
+
+
+def test_nothing_to_pretrain_on(run_content, stripes, tmp_path) -> None:
+    content = run_content()
+    split = tmp_path / "split"
+    shutil.copytree(stripes / "split", split)
+    (split / "unlabeled.txt").write_text("")
+    content["data"]["split"] = str(split)
+    with pytest.raises(DataError, match=r"unlabeled\.txt: empty, and pretraining learns from"):
+        pretrain(config_of(content), tmp_path / "weights", progress=False)
+    assert not (tmp_path / "weights").exists()
 
 
 def test_weights_that_are_not_of_pretraining(run_content, tmp_path) -> None:
