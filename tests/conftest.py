@@ -37,12 +37,6 @@ def golden(shared_dir: Path):
     return load
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Processes of `-n auto`: each loads torch and, where there is a GPU, takes of its memory."""
-    return min(len(os.sched_getaffinity(0)), 16)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
