@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from co2s_fast.errors import DataError
+from co2s_fast.models.weights.files import save_tensors
 
 STATE_FILE = "state.json"
 FORMAT = 1
@@ -48,10 +49,7 @@ def save_checkpoint(
         for stem, tensors in arrays.items():
             temporary = folder / (files[stem] + ".tmp")
             written.append(temporary)
-            temporary.touch()
-            mode = temporary.stat().st_mode  # safetensors writes for the owner alone
-            save_file({name: on_cpu(tensor) for name, tensor in tensors.items()}, temporary)
-            temporary.chmod(mode)
+            save_tensors(temporary, {name: on_cpu(tensor) for name, tensor in tensors.items()})
             sync_to_disk(temporary)
             written[-1] = temporary.replace(folder / files[stem])
         temporary = folder / (STATE_FILE + ".tmp")

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from co2s_fast.engine.start import derived_seed, student_seed
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models import Student, build_student
 from co2s_fast.models.loading import OWN_BACKBONE, checksum
+from co2s_fast.models.weights.files import save_tensors
 
 RECORD = "pretrain.json"
 IGNORE = 255
@@ -95,7 +95,7 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
     for name, state in states.items():
         paths.append(out / f"{name}.safetensors")
         with replacing(paths[-1]) as temporary:
-            save_file(state, temporary, metadata=OWN_BACKBONE)
+            save_tensors(temporary, state, OWN_BACKBONE)
     write_text(out / RECORD, json.dumps(record, indent=1))
     return paths
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from co2s_fast.engine import checkpoint
 from co2s_fast.errors import DataError
+from co2s_fast.models.weights import files
 
 
 def test_round_trip_and_replacement(tmp_path) -> None:
@@ -21,7 +22,9 @@ def test_round_trip_and_replacement(tmp_path) -> None:
     state = checkpoint.read_state(folder)
     assert state["step"] == 2
     assert checkpoint.read_arrays(folder, state, "clip")["w"].tolist() == [2.0, 2.0, 2.0]
-    assert sorted(p.name for p in folder.iterdir()) == ["clip.step-2.safetensors", "state.json"]
+    written = sorted(folder.iterdir())
+    assert [p.name for p in written] == ["clip.step-2.safetensors", "state.json"]
+    assert written[0].stat().st_mode == written[1].stat().st_mode  # for colleagues to read
 
 
 @pytest.mark.parametrize("fail_at", [1, 2])
@@ -32,13 +35,13 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch, fail_at
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     calls = []
 
-    def full(tensors, path) -> None:
+    def full(tensors, path, metadata) -> None:
         calls.append(path)
         path.write_bytes(b"half of it")
         if len(calls) == fail_at:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(DataError, match="no space left on the disk; the former checkpoint"):
         checkpoint.save_checkpoint(folder, "step-2", arrays, {"step": 2})
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -65,9 +68,9 @@ def test_a_stop_between_any_two_writes_leaves_a_whole_checkpoint(tmp_path, monke
             return call
 
         with monkeypatch.context() as patch:
-            for name in ("replace", "unlink", "write_text", "touch"):
+            for name in ("replace", "unlink", "write_text", "touch", "chmod"):
                 patch.setattr(type(folder), name, tick(getattr(type(folder), name)))
-            patch.setattr(checkpoint, "save_file", tick(checkpoint.save_file))
+            patch.setattr(files, "save_file", tick(files.save_file))
             new = {"clip": {"w": torch.ones(3)}, "ssm": {"w": torch.ones(3)}}
             try:
                 checkpoint.save_checkpoint(folder, "step-2", new, {"step": 2})

@@ -29,7 +29,9 @@ def test_a_run_starts_from_pretrained_backbones(run_content, tmp_path) -> None:
     config = config_of(content)
     paths = pretrain(config, tmp_path / "weights", progress=False)
     assert [p.name for p in paths] == ["clip.safetensors", "ssm.safetensors"]
-    record = json.loads((tmp_path / "weights/pretrain.json").read_text())
+    written = tmp_path / "weights/pretrain.json"
+    assert {p.stat().st_mode for p in paths} == {written.stat().st_mode}  # for colleagues to read
+    record = json.loads(written.read_text())
     for student in record["students"].values():
         assert student["loss"][-1] < student["loss"][0]
     again = pretrain(config, tmp_path / "again", progress=False)

@@ -178,6 +178,7 @@ def test_import_by_name_then_offline(monkeypatch, mae_file, vit, places, offline
     put(monkeypatch, normalization="satellite")
     path = import_weights(mae_file, name="small")
     assert path == places / "weights" / "small.safetensors"
+    assert path.stat().st_mode == mae_file.stat().st_mode  # for colleagues to read
     with safe_open(path, "pt") as file:
         said = file.metadata()
     assert json.loads(said["std"]) == [0.213, 0.156, 0.143]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from co2s_fast.data.files import replacing
 from co2s_fast.errors import DataError, UsageError
@@ -135,7 +134,7 @@ def import_weights(
     target = out or store.folder() / f"{name}.safetensors"
     about = _metadata(found, entry, source, digest)
     with replacing(target) as temporary:
-        save_file(found.state, temporary, metadata=about)
+        files.save_tensors(temporary, found.state, about)
     return target
 
 

@@ -1,4 +1,4 @@
-"""Reading files of weights without executing anything in them, and loading them whole or not."""
+"""Files of weights: written, read without executing anything in them, loaded whole or not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from zipfile import ZipFile, is_zipfile
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from co2s_fast.errors import DataError
@@ -29,6 +30,20 @@ INERT = ("argparse.Namespace", "yacs.config.CfgNode")
 def is_file_name(weights: str) -> bool:
     """Whether `weights` names a checkpoint file rather than a name or a pretrained tag."""
     return weights.endswith(SUFFIXES) or os.sep in weights
+
+
+def save_tensors(path: Path, tensors: State, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that those may read who may read other new files.
+
+    Not atomic: give the temporary name that is renamed later.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # safetensors writes for the owner alone
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def read_state_dict(path: str | Path) -> State:
