@@ -203,5 +203,7 @@ def _write_list(path: Path, items: Sequence[Item], root: Path) -> None:
     lines = []
     for item in items:
         files = [item.image] if item.label is None else [item.image, item.label]
-        lines.append(" ".join(str(f.relative_to(root).as_posix()) for f in files))
+        names = [f.relative_to(root).as_posix() for f in files]
+        spaced = any(" " in name for name in names)
+        lines.append("\t".join([*names, ""][:2]) if spaced else " ".join(names))
     write_text(path, "".join(line + "\n" for line in lines))

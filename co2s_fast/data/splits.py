@@ -239,7 +239,10 @@ def summary(problems: list[str]) -> str:
 
 def read_list(path: Path, root: Path, problems: list[str], *, need_label: bool,
               may_be_empty: bool = False, check_files: bool = True) -> list[Item]:
-    """The items of one list, `images/a.png labels/a.png` a line; problems are appended."""
+    """The items of one list, `images/a.png labels/a.png` a line; problems are appended.
+
+    Between names that hold spaces, and after an image without a label, stands a tab.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -263,9 +266,11 @@ def read_list(path: Path, root: Path, problems: list[str], *, need_label: bool,
 
 def _read_line(line: str, root: Path, base: Path, need_label: bool, check_files: bool,
                raw: bool) -> Item:
-    fields = line.split()
+    # A tab stands where names hold spaces.
+    fields = [f.strip() for f in line.split("\t") if f.strip()] if "\t" in line else line.split()
     if len(fields) > 2:
-        raise DataError(f"{len(fields)} fields, expected an image and a label")
+        raise DataError(f"{len(fields)} fields, expected an image and a label; names that hold "
+                        "spaces need a tab between them")
     if need_label and len(fields) < 2:
         raise DataError(f"{fields[0]}: no label named")
     paths = [_inside(root, base, field) for field in fields]

@@ -8,6 +8,7 @@ from typing import Any
 
 from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.files import replacing
+from co2s_fast.engine.scenes import SIGNATURE
 from co2s_fast.errors import UsageError
 
 SUFFIX = ".gpkg"
@@ -22,7 +23,7 @@ def require_fiona() -> None:
         raise UsageError("--polygons: needs fiona; pip install 'co2s-fast[geo]'") from None
 
 
-def write_polygons(labels: Path, class_names: Sequence[str]) -> Path:
+def write_polygons(labels: Path, class_names: Sequence[str], signature: str = "") -> Path:
     """Write `a.gpkg` beside the map `a.tif`: layer "classes", fields class_id and class_name.
 
     GDAL's polygonizer passes over the raster by lines, so patches are whole whatever the raster's
@@ -31,6 +32,7 @@ def write_polygons(labels: Path, class_names: Sequence[str]) -> Path:
     Args:
         labels: a class map as `predict` writes it.
         class_names: in label order.
+        signature: of the map, for `read_polygons_signature`.
 
     Returns:
         The GeoPackage's path.
@@ -49,6 +51,7 @@ def write_polygons(labels: Path, class_names: Sequence[str]) -> Path:
             options["crs_wkt"] = source.crs.to_wkt()
         try:
             with fiona.open(scratch, "w", **options) as layer:
+                layer.update_tags({SIGNATURE: signature})
                 batch: list[dict[str, Any]] = []
                 for feature in _features(source, class_names):
                     batch.append(feature)
@@ -60,6 +63,21 @@ def write_polygons(labels: Path, class_names: Sequence[str]) -> Path:
         finally:
             scratch.unlink(missing_ok=True)
     return target
+
+
+def read_polygons_signature(labels: Path) -> str | None:
+    """What `write_polygons` was given for a map; None without a whole GeoPackage."""
+    import fiona
+    from fiona.errors import FionaError
+
+    path = labels.with_suffix(SUFFIX)
+    if not path.is_file():
+        return None
+    try:
+        with fiona.open(path) as layer:
+            return layer.get_tag_item(SIGNATURE)
+    except FionaError:
+        return None
 
 
 def _features(source: Any, class_names: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -37,7 +37,11 @@ from co2s_fast.engine.outputs import (
     take_shard,
     targets_in,
 )
-from co2s_fast.engine.polygons import require_fiona, write_polygons
+from co2s_fast.engine.polygons import (
+    read_polygons_signature,
+    require_fiona,
+    write_polygons,
+)
 from co2s_fast.engine.scenes import PLAIN, Picture, Scene, is_raster, open_scene, size_of
 from co2s_fast.engine.sliding_window import Blend, Window, stream
 from co2s_fast.errors import UsageError
@@ -91,7 +95,7 @@ def predict(
     of its image and 255 where that has no data. Images larger than the crop go through in
     overlapping windows, a row of windows at a time and wide ones in strips, so memory grows with
     neither height nor width of a GeoTIFF. A map takes its name only when it is complete; given
-    again, the call passes over the maps that are.
+    again, the call passes over the maps that are, but for polygons that they lack.
 
     Args:
         students: name -> network, [B,C,H,W] in, logits [B,K,h,w] out.
@@ -133,9 +137,10 @@ def predict(
     check_writable(Path(out_dir))
     settings = [wanted, scale, blend, config.model_dump(), data and data.scale]
     signature = outputs.signature and digest(outputs.signature, settings)
-    pairs = list(zip(sources, targets, strict=True))
+    kept: set[Path] = set()
     if not outputs.overwrite:
-        pairs = [(s, t) for s, t in pairs if not is_done(files_of(t, outputs), signature)]
+        kept = {t for t in targets if is_done(files_of(t, outputs), signature)}
+    pairs = [(s, t) for s, t in zip(sources, targets, strict=True) if t not in kept]
     imagery = spec if isinstance(spec, DatasetSpec) else PLAIN
     sizes = [size_of(source, imagery) for source, _ in pairs]  # tells what is missing now
     total = sum(height * width for height, width in sizes) / 1e6
@@ -148,6 +153,10 @@ def predict(
         "{postfix}",
     )
     with bar, evaluating(running, config, device):
+        for target in sorted(kept) if outputs.polygons else ():
+            if read_polygons_signature(target) != signature:
+                bar.set_postfix_str(f"{target.name}: polygons")
+                write_polygons(target, spec.class_names, signature)
         for (source, target), (height, width) in zip(pairs, sizes, strict=True):
             bar.set_postfix_str(source.name, refresh=False)
             with open_scene(source, scale, imagery) as scene:
@@ -157,7 +166,7 @@ def predict(
                     bar.update(pixels * share)
             if outputs.polygons:
                 bar.set_postfix_str(f"{source.name}: polygons")
-                write_polygons(target, spec.class_names)
+                write_polygons(target, spec.class_names, signature)
     return targets
 
 

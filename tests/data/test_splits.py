@@ -18,6 +18,7 @@ from co2s_fast.data import (
     split_dataset,
 )
 from co2s_fast.data.config import parse_ratio
+from co2s_fast.data.files import write_description
 from co2s_fast.data.split_maker import labeled_order
 from co2s_fast.data.splits import describe_root, find_root, read_list
 from co2s_fast.data.tiles import group_from_name
@@ -54,6 +55,25 @@ def names(items):
 
 def opened(root, spec, **options):
     return open_split(DataConfig(root=root, batch_size=1, **options), spec)
+
+
+def test_names_with_spaces(tree):
+    root, spec = tree
+    for folder in ("images", "labels"):
+        for path in list((root / folder).iterdir()):
+            path.rename(path.with_name("scene " + path.name.replace("_", " (").replace(".", ").")))
+    spec = two_classes(val=["*(3)"], tile={})
+    write_description(root, spec)
+    made = split_dataset(root, spec, labels=2, progress=False)
+    split = opened(root, spec, split=made.folder)
+    assert (len(split.labeled), len(split.unlabeled), len(split.val)) == (2, 4, 2)
+    assert names(split.val) == ["scene a (3)", "scene b (3)"]
+    assert all(item.label.name == item.image.name for item in split.labeled)
+    lone = [item.name for item in split.unlabeled if item.label is None]
+    assert lone == ["scene a (4)", "scene b (4)"]
+    (made.folder / "labeled.txt").write_text("images/scene a (1).png labels/scene a (1).png\n")
+    with pytest.raises(DataError, match=r"6 fields.*need a tab between them"):
+        opened(root, spec, split=made.folder)
 
 
 @pytest.mark.parametrize("dataset", ["whdld", "loveda", "potsdam", "gid15", "mer", "msl"])

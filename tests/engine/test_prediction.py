@@ -326,6 +326,40 @@ def test_polygons_cover_the_map(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_polygons_that_a_finished_map_lacks_are_added(tmp_path):
+    fiona = pytest.importorskip("fiona")
+    write_tif(tmp_path / "s.tif", scene(), crs="EPSG:32640", transform=from_origin(0, 9, 1, 1))
+
+    def again(**options):
+        (path,) = run([tmp_path / "s.tif"], tmp_path / "out", **options)
+        found = path.with_suffix(".gpkg")
+        made = found.stat().st_mtime_ns if found.is_file() else None
+        return path.stat().st_mtime_ns, made, found
+
+    first, none, polygons = again(signature="run 1")
+    assert none is None
+    kept, made, _ = again(signature="run 1", polygons=True)
+    assert kept == first
+    assert again(signature="run 1", polygons=True)[:2] == (first, made)  # nothing is missing now
+    with fiona.open(polygons) as layer:
+        count = len(layer)
+    assert count > 0
+    polygons.write_bytes(polygons.read_bytes()[:500])
+    kept, repaired, _ = again(signature="run 1", polygons=True)
+    assert kept == first and repaired != made
+    with fiona.open(polygons) as layer:
+        assert len(layer) == count
+    # another run's map: the polygons beside it were of the former one
+    changed, stale, _ = again(signature="run 2")
+    assert changed != first and stale == repaired
+    kept, fresh, _ = again(signature="run 2", polygons=True)
+    assert kept == changed and fresh != stale
+    with fiona.open(polygons, "w", driver="GPKG", layer="classes", schema={
+            "geometry": "Polygon", "properties": {}}):  # fmt: skip
+        pass  # somebody's own, without a word of where it is from
+    assert again(signature="run 2", polygons=True)[1] != fresh
+
+
 def test_strips_side_by_side_equal_the_whole(tmp_path):
     class Neighbours(Brightest):
         def forward(self, images):
