@@ -22,7 +22,15 @@ from co2s_fast.data.files import Item, write_text
 from co2s_fast.data.imagery import BandStatistics
 from co2s_fast.data.integrity import Finding, Look, Seen, inspect_all
 from co2s_fast.data.leaks import duplicate_findings
-from co2s_fast.data.splits import Split, describe_root, find_root, overlaps, read_list, summary
+from co2s_fast.data.splits import (
+    Split,
+    describe_root,
+    find_root,
+    find_val_list,
+    overlaps,
+    read_list,
+    summary,
+)
 from co2s_fast.data.tiles import list_images, read_groups
 from co2s_fast.errors import DataError, UsageError
 
@@ -239,13 +247,12 @@ def _count_labeled(report: Report, splits: Sequence[Split], items: Sequence[Item
 def _check_folder(folder: Path, root: Path, batch_size: int, report: Report) -> Split:
     """Read one split folder's lists and add what is wrong with them."""
     problems: list[str] = []
-    val_list = folder / "val.txt" if (folder / "val.txt").is_file() else folder.parent / "val.txt"
     unlabeled_list = folder / "unlabeled.txt"
     split = Split(
         read_list(folder / "labeled.txt", root, problems, need_label=True),
         read_list(unlabeled_list, root, problems, need_label=False, may_be_empty=True)
         if unlabeled_list.is_file() else [],
-        read_list(val_list, root, problems, need_label=True), folder,
+        read_list(find_val_list(folder), root, problems, need_label=True), folder,
     )
     problems += [f"{folder}: {text}" for text in overlaps(split)]
     report.findings += [Finding("list", text, (str(folder),)) for text in problems]

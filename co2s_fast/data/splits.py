@@ -205,16 +205,13 @@ def is_uniform(root: Path) -> bool:
 def read_split(root: Path, folder: Path, spec: DatasetSpec, *, check_files: bool = True) -> Split:
     """Read `labeled.txt`, `unlabeled.txt` and `val.txt` and check every file they name.
 
-    `val.txt` is looked for in the folder, then in its parents up to two levels. An unlabelled
-    line may name the image only; a label it names may be absent. Without `check_files`, training
-    images may be absent, too.
+    An unlabelled line may name the image only; a label it names may be absent. Without
+    `check_files`, training images may be absent, too. See `find_val_list`.
     """
     problems: list[str] = []
     if not folder.is_dir():
         raise DataError(f"split folder {folder}: missing")
     unlabeled_list = folder / "unlabeled.txt"
-    val_list = next((d / "val.txt" for d in (folder, folder.parent, folder.parent.parent)
-                     if (d / "val.txt").is_file()), folder / "val.txt")
     labeled = read_list(folder / "labeled.txt", root, problems, need_label=True,
                         check_files=check_files)
     unlabeled = []
@@ -223,12 +220,18 @@ def read_split(root: Path, folder: Path, spec: DatasetSpec, *, check_files: bool
                               check_files=check_files)
         unlabeled = [i if i.label is None or i.label.is_file() else replace(i, label=None)
                      for i in unlabeled]
-    val = read_list(val_list, root, problems, need_label=True)
+    val = read_list(find_val_list(folder), root, problems, need_label=True)
     split = Split(labeled, unlabeled, val, folder)
     problems += overlaps(split)
     if problems:
         raise DataError(summary(problems))
     return split
+
+
+def find_val_list(folder: Path) -> Path:
+    """`val.txt` of a split folder: in it, else in its parents up to two levels."""
+    places = (folder, folder.parent, folder.parent.parent)
+    return next((d / "val.txt" for d in places if (d / "val.txt").is_file()), folder / "val.txt")
 
 
 def summary(problems: list[str]) -> str:

@@ -161,6 +161,16 @@ def test_lists_are_checked(tree):
         report.raise_problems()
 
 
+def test_validation_images_are_looked_for_where_training_looks(tree, tmp_path):
+    root, spec, _ = tree
+    folder = tmp_path / "lists/method/1_4"
+    shutil.copytree(root / "splits/labels_2", folder)
+    shutil.copy(root / "splits/val.txt", tmp_path / "lists/val.txt")
+    report = check_dataset(root, spec, split=folder, progress=False)
+    assert report.problems == [] and report.lists["1_4/val"] == 1
+    assert len(open_split(DataConfig(root=root, split=folder, batch_size=1), spec).val) == 1
+
+
 def test_groups_in_both_lists_are_warned_about(tmp_path):
     raw = write_raw(tmp_path / "raw", ["a/1", "a/2"], size=(64, 64))
     root, spec = tmp_path / "toy", two_classes()
