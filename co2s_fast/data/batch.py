@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Batch:
         labeled_files: names of the labelled images.
         unlabeled_files: names of the unlabelled images.
         damaged: images that should have been here and could not be read; others are in their place.
+        part: which of the equal parts of a step's batch this is, counted from 0; see `parts`.
     """
 
     x: Tensor
@@ -45,6 +47,7 @@ class Batch:
     labeled_files: list[str] = field(default_factory=list)
     unlabeled_files: list[str] = field(default_factory=list)
     damaged: list[Damaged] = field(default_factory=list)
+    part: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device."""
@@ -53,6 +56,36 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; the DataLoader calls this."""
         return self._map(lambda t: t.pin_memory())
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in `count` equal parts, views of its tensors.
+
+        Of unlabelled images that come in two augmentations, 2B of them, a part has both.
+
+        Raises:
+            ValueError: B is not divisible by `count`.
+        """
+        size = len(self.x)
+        if size % count:
+            raise ValueError(f"a batch of {size} images cannot be divided into {count} parts")
+        if count == 1:
+            return [self]
+        share = size // count
+
+        def cut(value: Tensor | list[str], start: int) -> Tensor | list[str]:
+            pieces = [value[at : at + share] for at in range(start, len(value), size)]
+            if len(pieces) == 1:
+                return pieces[0]
+            return list(chain(*pieces)) if isinstance(value, list) else torch.cat(pieces)
+
+        whole = {f.name: value for f in fields(self)
+                 if isinstance(value := getattr(self, f.name), (Tensor, list)) and len(value)}
+        damaged = whole.pop("damaged", [])
+        return [
+            replace(self, part=part, damaged=damaged if part == 0 else [],
+                    **{name: cut(value, part * share) for name, value in whole.items()})
+            for part in range(count)
+        ]  # fmt: skip
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         changed = {f.name: function(value) for f in fields(self)

@@ -43,6 +43,9 @@ class TrainConfig(_Strict):
         backbone_multiplier, decoder_multiplier: factors on `lr` for those parameters.
         adapter_multiplier: the same for low-rank adapters (`trainable: lora`), which take the
             backbone's place among the parameters.
+        accumulate: pass each step's batch through the students in so many equal parts, one after
+            another, and add their gradients up: less memory, as many images and steps. A part has
+            loss means and CutMix partners of its own, as a process of several has of its share.
         power, warmup_steps: polynomial decay, and a linear warm-up (none by default).
         device: "auto" takes CUDA where there is one.
         precision: "auto" is bfloat16 autocast on CUDA and float32 on the CPU.
@@ -74,6 +77,7 @@ class TrainConfig(_Strict):
     backbone_multiplier: float = Field(default=0.01, ge=0)
     decoder_multiplier: float = Field(default=10.0, ge=0)
     adapter_multiplier: float = Field(default=1.0, ge=0)
+    accumulate: int = Field(default=1, ge=1)
     power: float = Field(default=0.9, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"

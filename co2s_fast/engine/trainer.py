@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from co2s_fast.data.files import write_text
 from co2s_fast.data.imbalance import class_weights, labeled_pixels
 from co2s_fast.data.loader import build_loader, choose_loader
 from co2s_fast.data.validation import val_dataset
-from co2s_fast.engine import checkpoint, distributed, start
+from co2s_fast.engine import checkpoint, distributed, memory, start
 from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.collapse import CollapseWatch
 from co2s_fast.engine.config import CONFIG_FILE, RunConfig, dump_config
@@ -63,7 +63,8 @@ def train(
         The run folder.
 
     Raises:
-        UsageError, DataError: before any training where that can be known.
+        UsageError, DataError: before any training where that can be known. A GPU that runs out of
+            memory is a UsageError, which says what takes less.
         NonFiniteLossError: a loss is NaN or infinite.
         Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
@@ -74,7 +75,8 @@ def train(
         trainer.set_up(resume=resume, dry_run=dry_run)
         if not dry_run:
             trainer.stop = stack.enter_context(StopSignal())
-            trainer.run()
+            with memory.explained(trainer):
+                trainer.run()
     return config.folder
 
 
@@ -151,6 +153,7 @@ class Trainer:
         }
         self.method = method_class(students, config.method, seed=config.seed).to(self.device)
         self.students = dict(self.method.students.items())
+        self.method.take_parts(train.accumulate)
         self.warnings = self.method.check_batch(config.data.batch_size, self.ranks.world)
         if train.channels_last:
             self.method.to(memory_format=torch.channels_last)
@@ -262,15 +265,26 @@ class Trainer:
         # Whatever still draws from torch's own generator is then a function of the step, too.
         torch.manual_seed(start.step_seed(self.config.seed, self.step, self.ranks.rank))
         set_learning_rates(self.optimizer, self.lr_factor(self.step))
-        with self.autocast:
-            outputs = self.step_module(batch, self.step, self.total_steps)
-        self.guard.watch(self.step, outputs, [*batch.labeled_files, *batch.unlabeled_files])
         self.optimizer.zero_grad(set_to_none=True)
-        outputs["loss"].backward()
+        self.meter.add(self._add_gradients(batch))
         self.optimizer.step()
-        outputs.pop("loss")  # it is scaled for the ranks; the students' totals are not
-        self.meter.add(outputs)
         self.step += 1
+
+    def _add_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Backpropagate the batch, part after part; its losses and counts."""
+        files = [*batch.labeled_files, *batch.unlabeled_files]
+        parts, outputs = batch.parts(self.config.train.accumulate), {}
+        for part in parts:
+            # Gradients are averaged over the processes once, with the last part.
+            waits = self.ranks.world > 1 and part is not parts[-1]
+            with self.step_module.no_sync() if waits else nullcontext():
+                with self.autocast:
+                    share = self.step_module(part, self.step, self.total_steps)
+                self.guard.watch(self.step, share, files)
+                # It is scaled for the ranks; the students' totals are not.
+                share.pop("loss").backward()
+            outputs = {k: outputs[k] + v for k, v in share.items()} if outputs else share
+        return outputs
 
     def lr_factor(self, step: int) -> float:
         """Factor on every learning rate at a step."""
@@ -304,7 +318,10 @@ class Trainer:
                 self.log.tell({"kind": "warning", "step": self.step, "text": text},
                               f"warning: {text}")
         total = sum(v for k, v in record.items() if k.startswith("loss/") and k.endswith("/total"))
-        self._show(bar, loss=f"{total:.3f}", img_s=f"{record['images_per_s']:.1f}")
+        shown = {"loss": f"{total:.3f}", "img_s": f"{record['images_per_s']:.1f}"}
+        if "gpu_memory_gib" in record:
+            shown["GiB"] = f"{record['gpu_memory_gib']:.1f}"
+        self._show(bar, **shown)
         self.window_start, self.waited_s = time.perf_counter(), 0.0
 
     def _evaluate(self, bar: tqdm) -> None:

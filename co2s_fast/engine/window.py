@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from co2s_fast.engine.memory import peak_gib
+
 if TYPE_CHECKING:
     from co2s_fast.engine.trainer import Trainer
 
@@ -40,4 +42,6 @@ def train_record(trainer: Trainer) -> tuple[dict[str, Any], list[str]]:
     record["images_per_s"] = images * steps / seconds
     record["data_wait_s"] = trainer.waited_s
     record["damaged_files"] = len(trainer.damage.known)
+    if (peak := peak_gib(trainer.device)) is not None:
+        record["gpu_memory_gib"] = peak
     return record, trainer.collapse.look(steps, terms, by_class)

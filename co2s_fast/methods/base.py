@@ -51,6 +51,8 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     views: ClassVar[frozenset[str]]
     """Which of "x", "w", "s1", "s2" the input pipeline has to make."""
+    parts: int = 1
+    """How many parts a step's batch comes in, one call of `forward` each; see `take_parts`."""
 
     def __init__(
         self, students: Mapping[str, Student], config: MethodConfig, *, seed: int = 0
@@ -73,6 +75,14 @@ class Method(nn.Module, ABC):
             None if weights is None
             else torch.tensor(list(weights), dtype=torch.float32, device=device)
         )  # fmt: skip
+
+    def take_parts(self, parts: int) -> None:
+        """From now on, expect a step's batch in so many equal parts (`Batch.parts`).
+
+        A part has means of its own, as a process with `mean_shards` has, and its CutMix partners
+        are its own images. Losses, counts and gradients of all parts add up to the step's.
+        """
+        self.parts = parts
 
     @abstractmethod
     def forward(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
@@ -108,17 +118,28 @@ class Method(nn.Module, ABC):
         Raises:
             UsageError: the method cannot run with this batch.
         """
-        shards = self.config.mean_shards
-        if shards > 1 and (batch_size % shards or shards % world):
+        if self.parts > 1 and batch_size % (world * self.parts):
             raise UsageError(
-                f"method.mean_shards: {batch_size} images (data.batch_size) on {world} processes "
-                f"cannot be divided into {shards} shards; change one of them"
+                f"train.accumulate: {batch_size} images (data.batch_size) on {world} processes "
+                f"cannot be passed in {self.parts} equal parts; change one of them"
+            )
+        shards = self.config.mean_shards
+        if shards > 1 and (batch_size % shards or shards % (world * self.parts)):
+            raise UsageError(
+                f"method.mean_shards: {batch_size} images (data.batch_size) on "
+                f"{self.shares_of(world)} cannot be divided into {shards} shards; change one of "
+                "them"
             )
         return []
 
+    def shares_of(self, world: int) -> str:
+        """What a batch is shared among, for messages."""
+        among = f"{world} processes"
+        return among if self.parts == 1 else f"{among}, {self.parts} parts each (train.accumulate),"
+
     def loss_terms(self) -> LossTerms:
         """An empty collection of terms with this method's denominators."""
-        return LossTerms(self.config.mean_shards)
+        return LossTerms(self.config.mean_shards, self.parts)
 
     def cross_entropy(
         self,
@@ -145,8 +166,8 @@ class Method(nn.Module, ABC):
         return by_shard(sums, self.local_shards(), logits, *maps)
 
     def local_shards(self) -> int:
-        """How many of the shards are this process's."""
-        return max(self.config.mean_shards // rank_and_world()[1], 1)
+        """How many of the shards are in this process's part."""
+        return max(self.config.mean_shards // (rank_and_world()[1] * self.parts), 1)
 
     def add_supervised(self, terms: LossTerms, name: str, logits: Tensor, target: Tensor) -> None:
         """L_sup, the mean cross entropy over the labelled pixels, into `terms`.
@@ -165,7 +186,8 @@ def step_generator(*parts: int) -> torch.Generator:
 
 
 def channel_keep_masks(
-    features: tuple[Tensor, ...], rate: float, generator: torch.Generator
+    features: tuple[Tensor, ...], rate: float, generator: torch.Generator, part: int = 0,
+    parts: int = 1,
 ) -> list[Tensor]:
     """Which channels of each image survive, drawn for the global batch, this rank's share of it.
 
@@ -175,6 +197,8 @@ def channel_keep_masks(
         features: this rank's feature maps, [B, C_l, h_l, w_l] each.
         rate: probability of dropping a channel, in [0, 1).
         generator: a CPU generator in the same state on every rank.
+        part: which of the equal parts of this rank's share the maps are of.
+        parts: how many there are.
 
     Returns:
         One bool [B, C_l] tensor for each map, on the maps' device.
@@ -183,7 +207,7 @@ def channel_keep_masks(
     masks = []
     for level in features:
         local, channels = level.shape[:2]
-        keep = torch.rand(local * world, channels, generator=generator) >= rate
-        share = keep[rank * local : (rank + 1) * local]
+        keep = torch.rand(local * parts * world, channels, generator=generator) >= rate
+        share = keep[(rank * parts + part) * local :][:local]
         masks.append(share.to(level.device, non_blocking=True))
     return masks

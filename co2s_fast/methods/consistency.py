@@ -38,7 +38,8 @@ class ConsistencyConfig(MethodConfig):
         threshold: τ, the least confidence of a pseudo-label that is learnt from.
         s1_weight: factor of the first strong view's term in the loss; further views likewise.
         cutmix_shards: CutMix partners stay inside each of this many equal shards of the batch. With
-            more processes than shards, they stay inside each process's share.
+            more processes than shards, they stay inside each process's share, and with
+            `train.accumulate` inside each part of it.
         cutmix_partner: "batch", another image of the batch; "same-image", as the releases of
             UniMatch and Co2S have it: another augmentation of the image itself, whose pseudo-labels
             take one more pass of each student.
@@ -101,6 +102,12 @@ class ConsistencyMethod(Method):
                 self.thresholds[name] = ClassThresholds(
                     student.num_classes, config.class_thresholds
                 )
+
+    def take_parts(self, parts: int) -> None:
+        """See `Method.take_parts`. A step moves the running means as much, in however many."""
+        for running in (*self.alignment.values(), *self.thresholds.values()):
+            running.momentum **= self.parts / parts
+        super().take_parts(parts)
 
     def forward(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
         """Losses of one step; see `Method.forward`. Mixes `batch.s1` and `batch.s2` in place."""
@@ -198,7 +205,7 @@ class ConsistencyMethod(Method):
         if PARTNER in self.views:
             return torch.arange(local, device=device).roll(-(local // 2))
         _, world = rank_and_world()
-        shards = max(self.config.cutmix_shards // world, 1)
+        shards = max(self.config.cutmix_shards // (world * self.parts), 1)
         return torch.arange(local, device=device).view(shards, -1).roll(-1, 1).flatten()
 
     def student_logits(
@@ -213,7 +220,8 @@ class ConsistencyMethod(Method):
             start = sum(sizes[: names.index("w")])
             weak = tuple(level[start : start + len(batch.w)] for level in features)
             generator = step_generator(self.seed, step, index)
-            keep = channel_keep_masks(weak, student.config.feature_dropout, generator)
+            keep = channel_keep_masks(weak, student.config.feature_dropout, generator,
+                                      batch.part, self.parts)
             perturbed = student.perturb(weak, keep=keep)
             features = tuple(torch.cat(pair) for pair in zip(features, perturbed, strict=True))
             names.append(PERTURBED)
@@ -261,20 +269,23 @@ class ConsistencyMethod(Method):
         warnings = super().check_batch(batch_size, world)
         if PARTNER in self.views:
             return warnings
-        shards = max(self.config.cutmix_shards, world)
-        if shards % world:
+        shares = world * self.parts
+        shards = max(self.config.cutmix_shards, shares)
+        if shards % shares:
             raise UsageError(
-                f"method.cutmix_shards: {shards} shards cannot be divided among {world} processes"
+                f"method.cutmix_shards: {shards} shards cannot be divided among "
+                f"{self.shares_of(world).rstrip(',')}"
             )
         if batch_size % shards:
             raise UsageError(
                 f"data.batch_size: {batch_size} images cannot be divided into {shards} shards "
-                "(method.cutmix_shards, or the number of processes)"
+                "(method.cutmix_shards, or the number of processes times train.accumulate)"
             )
         if batch_size == shards:
             warnings.append(
                 "CutMix does nothing: a shard of the batch holds one image, which has no partner; "
-                f"raise data.batch_size ({batch_size}) or lower method.cutmix_shards"
+                f"raise data.batch_size ({batch_size}) or lower method.cutmix_shards or "
+                "train.accumulate"
             )
         return warnings
 

@@ -41,10 +41,12 @@ class LossTerms:
 
     Args:
         shards: parts of the global batch that have a mean of their own; 1: none.
+        parts: how many such collections, made one after another, are a step; the values of all of
+            them add up to the step's. Without shards each has means of its own.
     """
 
-    def __init__(self, shards: int = 1) -> None:
-        self._shards = shards
+    def __init__(self, shards: int = 1, parts: int = 1) -> None:
+        self._shards, self._parts = shards, parts
         self._keys: list[str] = []
         self._weights: list[float] = []
         self._sums: list[Tensor] = []
@@ -78,6 +80,8 @@ class LossTerms:
         values = torch.stack(self._sums) / counts.clamp(min=1)
         if self._shards > 1:
             values = values.sum(1) / self._shards
+        else:
+            values = values / self._parts
         totals: dict[str, Tensor] = {}
         for index, key in enumerate(self._keys):
             name = f"{key.rsplit('/', 1)[0]}/total"

@@ -29,10 +29,8 @@ def gradients(config: RunConfig, out: str) -> None:
     trainer.method.train()
     trainer.step = 3
     batch = next(trainer._batches())
-    outputs = trainer.step_module(batch, 3, 6)
-    outputs["loss"].backward()
-    outputs.pop("loss")
-    trainer.meter.add(outputs)
+    trainer.total_steps = 6
+    trainer.meter.add(trainer._add_gradients(batch))
     losses = trainer.meter.fetch()
     if trainer.ranks.is_main:
         tensors = {n: p.grad for n, p in trainer.method.named_parameters() if p.grad is not None}

@@ -85,6 +85,26 @@ def test_two_processes_make_the_released_step_of_one(run_content, tmp_path) -> N
 
 
 @pytest.mark.slow
+def test_two_processes_add_up_the_parts_of_their_shares(run_content, tmp_path) -> None:
+    """Four parts of one process's batch are the two parts of each of two processes' shares."""
+    content = run_content()
+    content["method"] |= {"threshold": 0.36, "mean_shards": 4, "cutmix_shards": 4}
+    found = {}
+    for processes, parts in ((1, 1), (1, 4), (2, 2)):
+        content["train"]["accumulate"] = parts
+        config = write_config(tmp_path / "config.yaml", content)
+        out = tmp_path / f"{processes}-{parts}.safetensors"
+        launch(processes, "gradients", config, str(out))
+        found[processes, parts] = read(out)
+    whole, losses = found.pop((1, 1))
+    assert losses["clip/s1"] > 0 and losses["ssm/stability"] + losses["clip/stability"] > 0
+    for case, (gradients, values) in found.items():
+        assert values == pytest.approx(losses, rel=1e-9, abs=1e-12), case
+        for name, gradient in whole.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-6, atol=1e-12, msg=name)
+
+
+@pytest.mark.slow
 def test_two_processes_train_and_write_one_run(run_content, tmp_path) -> None:
     config = write_config(tmp_path / "config.yaml", run_content(steps=4, eval_every=2))
     launch(2, "train", config)
