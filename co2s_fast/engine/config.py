@@ -49,6 +49,8 @@ class TrainConfig(_Strict):
         power, warmup_steps: polynomial decay, and a linear warm-up (none by default).
         device: "auto" takes CUDA where there is one.
         precision: "auto" is bfloat16 autocast on CUDA and float32 on the CPU.
+        backend: of the losses and other operators: "auto", or one of `co2s_fast.ops.BACKENDS`,
+            which then serves all of them or ends the run.
         channels_last, compile: memory layout and torch.compile of the students.
         cudnn_benchmark: let cuDNN time its algorithms for every new shape, which delays the first
             step, and every validation image of another size.
@@ -82,6 +84,7 @@ class TrainConfig(_Strict):
     warmup_steps: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
     channels_last: bool = False
     compile: bool = False
     cudnn_benchmark: bool = False
@@ -376,7 +379,7 @@ def dump_config(config: RunConfig) -> str:
 
 # What may differ between a run and its continuation: none of it changes what is computed.
 RESUMABLE = {"out", "compat", "data.root", "data.workers", "data.max_damaged", "train.device",
-             "train.tensorboard", "train.log_every", "train.save_every",
+             "train.backend", "train.tensorboard", "train.log_every", "train.save_every",
              "train.debug_steps"}  # fmt: skip
 
 

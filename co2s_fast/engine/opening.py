@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from co2s_fast import ops
 from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.engine import checkpoint, distributed
 from co2s_fast.engine.config import (
@@ -41,6 +44,25 @@ def open_device(train: TrainConfig) -> tuple[distributed.Ranks, torch.device, to
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     return ranks, device, torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
+
+
+@contextmanager
+def chosen_backend(name: str, device: torch.device) -> Iterator[None]:
+    """Within the block all operators run on the backend that `train.backend` names.
+
+    Raises:
+        UsageError: it cannot be used here, or not on that device.
+    """
+    if name == "auto":
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(ops.use_backend(name))
+            ops.backend(device)
+        except RuntimeError as error:
+            raise UsageError(f"train.backend: {error}") from None
+        yield
 
 
 def can_resume(folder: Path) -> bool:

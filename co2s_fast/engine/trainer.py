@@ -29,7 +29,12 @@ from co2s_fast.engine.evaluation import evaluate, pseudo_label_quality
 from co2s_fast.engine.interrupt import Interrupted, StopSignal, deaf_children
 from co2s_fast.engine.log import RunLog, say
 from co2s_fast.engine.meter import FiniteGuard, Meter, NonFiniteLossError
-from co2s_fast.engine.opening import can_resume, open_device, state_to_resume
+from co2s_fast.engine.opening import (
+    can_resume,
+    chosen_backend,
+    open_device,
+    state_to_resume,
+)
 from co2s_fast.engine.optimizer import build_optimizer
 from co2s_fast.engine.runs import (
     SPEC_FILE,
@@ -92,6 +97,7 @@ class Trainer:
         self.damage = DamageTally(config.data.max_damaged)
         self.stop = StopSignal()
         self.log: RunLog | None = None
+        self.resources = ExitStack()
         self.progress = progress
 
     def set_up(self, *, resume: bool, dry_run: bool = False) -> None:
@@ -111,6 +117,7 @@ class Trainer:
 
     def _setup_device(self) -> None:
         self.ranks, self.device, self.autocast = open_device(self.config.train)
+        self.resources.enter_context(chosen_backend(self.config.train.backend, self.device))
         self.guard = FiniteGuard(eager=self.device.type == "cpu" and self.ranks.world == 1)
         torch.manual_seed(self.config.seed)
 
@@ -410,7 +417,8 @@ class Trainer:
         bar.set_postfix(self.shown, refresh=False)
 
     def close(self) -> None:
-        """Close the log, and let go of the process group."""
+        """Close the log, and let go of the process group and the chosen backend."""
         self.step_module = None
+        self.resources.close()
         if self.log is not None:
             self.log.close()

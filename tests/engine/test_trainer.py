@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from co2s_fast import ops
 from co2s_fast.engine import trainer as trainers
 from co2s_fast.engine.config import RunConfig
 from co2s_fast.engine.interrupt import Interrupted
@@ -255,3 +256,18 @@ def test_loader_workers_change_no_number(run_content, tmp_path) -> None:
     content["data"] = {**content["data"], "workers": 1}
     other = start(content)
     assert numbers(one) == numbers(other)
+
+
+def test_the_losses_run_on_the_backend_that_is_named(run_content, tmp_path) -> None:
+    content = run_content(steps=2, eval_every=2, backend="reference")
+    folder = start(content)
+    assert read_metrics(folder / "metrics.jsonl")[0]["backend"] == "reference"
+    assert ops.backend("cpu") == ops.backend(torch.empty(0)) != "triton"  # for the run alone
+    content["train"]["backend"] = "cuda"
+    with pytest.raises(UsageError, match=r"train\.backend: .*'cuda'"):
+        start(content | {"out": str(tmp_path / "other")})
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match=r"train\.backend"):
+        RunConfig.model_validate(content | {"train": content["train"] | {"backend": "numpy"}})
+    content["train"] |= {"backend": "auto", "steps": 2}
+    start(content, resume=True)  # another backend computes the same
