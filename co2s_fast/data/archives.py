@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO
 
 from tqdm import tqdm
@@ -31,7 +31,17 @@ def find_archives(folder: Path) -> list[Path]:
     """The archives below a folder, sorted; the file itself where an archive is given."""
     if folder.is_file():
         return [folder] if ending(folder) else []
-    return sorted(p for p in folder.rglob("*") if p.is_file() and ending(p))
+    return sorted(p for p in folder.rglob("*")
+                  if ending(p) and p.is_file() and not is_hidden(p.relative_to(folder)))
+
+
+def is_hidden(path: PurePath) -> bool:
+    """Whether a relative path has a part that begins with a dot, or is of a Mac's archives.
+
+    Drives that a Mac wrote to hold a `._a.jpg`, which is no image, beside each `a.jpg`.
+    """
+    names = set(path.parts) - {".", ".."}
+    return any(name.startswith(".") or name == "__MACOSX" for name in names)
 
 
 @contextmanager
@@ -106,8 +116,8 @@ def _tar_member(package: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
 
 def _wanted(name: str) -> bool:
     path = PurePosixPath(name)
-    hidden = path.name.startswith(".") or "__MACOSX" in path.parts
-    return not hidden and (path.suffix.lower() in SUFFIXES or ending(Path(path.name)) is not None)
+    kind = path.suffix.lower() in SUFFIXES or ending(Path(path.name)) is not None
+    return kind and not is_hidden(path)
 
 
 def _inside(archive: Path, name: str) -> PurePosixPath:

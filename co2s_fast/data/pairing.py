@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from co2s_fast.data.archives import is_hidden
 from co2s_fast.data.catalogue import DatasetSpec, FilesSpec, TileSpec
 from co2s_fast.errors import DataError, UsageError
 
@@ -71,11 +72,10 @@ def check_templates(files: FilesSpec, tile: TileSpec) -> None:
 
 
 def list_files(root: Path) -> list[str]:
-    """All files below a folder, as sorted relative paths with forward slashes."""
-    return sorted(
-        Path(folder, name).relative_to(root).as_posix()
-        for folder, _, files in os.walk(root, followlinks=True) for name in files
-    )
+    """All files below a folder but hidden ones, as sorted relative paths with forward slashes."""
+    paths = (Path(folder, name).relative_to(root)
+             for folder, _, files in os.walk(root, followlinks=True) for name in files)
+    return sorted(path.as_posix() for path in paths if not is_hidden(path))
 
 
 def find_sources(raw: Path, spec: DatasetSpec, more: Path | None = None) -> list[Source]:

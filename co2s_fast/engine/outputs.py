@@ -12,12 +12,16 @@ from co2s_fast.errors import DataError, UsageError
 
 
 def find_images(images: Iterable[str | Path]) -> list[Path]:
-    """Files named by paths, folders and glob patterns, without repeats, in the given order."""
+    """Files named by paths, folders and glob patterns, without repeats, in the given order.
+
+    Of a folder hidden files are left out, as patterns leave them out.
+    """
     found: list[Path] = []
     for entry in images:
         path = Path(entry).expanduser()
         if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES + RASTERS]
+            inside = [p for p in sorted(path.iterdir())
+                      if p.suffix.lower() in PICTURES + RASTERS and not p.name.startswith(".")]
             if not inside:
                 kinds = " ".join(PICTURES + RASTERS)
                 raise DataError(f"{path}: expected images ({kinds}), found none in the folder")

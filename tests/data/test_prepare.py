@@ -39,6 +39,16 @@ def test_pairs_and_groups(tmp_path):
         ("a/1", True), ("a/2", False), ("b/1", True)]
 
 
+def test_hidden_files_are_no_images(tmp_path):
+    raw = write_raw(tmp_path / "raw", ["a/1"])
+    (raw / "a/images/._1.png").write_bytes(b"\0\5\x16\7")  # as a Mac leaves on foreign drives
+    (raw / ".trash/a").mkdir(parents=True)
+    (raw / "a/.ipynb_checkpoints/images").mkdir(parents=True)
+    for hidden in (".trash/a/2.png", "a/.ipynb_checkpoints/images/1-checkpoint.png", "._old.zip"):
+        (raw / hidden).write_bytes(b"")
+    assert prepare(raw, tmp_path / "out", two_classes(tile={})).images == 1
+
+
 def test_wrong_pairing_is_explained(tmp_path):
     raw = write_raw(tmp_path, ["a/1"])
     files = {"images": "{scene}/images/{part}.png", "labels": "{scene}/{mask}.png",

@@ -193,7 +193,7 @@ def test_the_map_of_a_padding_student_is_not_stretched(tmp_path):
 
 
 def test_finding_images(tmp_path):
-    for name in ("b.png", "a.JPG", "notes.txt"):
+    for name in ("b.png", "a.JPG", "notes.txt", "._b.png"):
         (tmp_path / name).touch()
     assert [p.name for p in find_images([tmp_path])] == ["a.JPG", "b.png"]
     assert [p.name for p in find_images([f"{tmp_path}/*.png", tmp_path / "b.png"])] == ["b.png"]
