@@ -152,7 +152,10 @@ def import_checkpoint(
 @checkpoint_option
 @click.option("--mode", type=click.Choice(["auto", "whole", "sliding"]),
               help="Whole images or sliding windows. Default: the run's own setting.")
-@click.option("--data-root", type=PATH, help="Where the dataset stands now, if it has moved.")
+@click.option("--data-root", type=PATH, help="Where the dataset stands now, if it has moved; with "
+              "--split, another one of the same classes.")
+@click.option("--split", type=PATH, help="Score the images of another folder's val.txt, say of a "
+              "test set; written to RUN/eval-<folder>.json.")
 @precision_option
 @click.option("--compat", type=click.Choice(["official-infer"]),
               help="Score as the authors' release does, whatever the run was trained with.")

@@ -112,6 +112,17 @@ def test_a_whole_run(prepared: Path, tmp_path: Path) -> None:
     result = call("eval", out, "--student", "ssm")
     assert result.exit_code == 0
     assert "grass" in result.output
+    north = tmp_path / "north"
+    north.mkdir()
+    (north / "val.txt").write_text("images/t0.png labels/t0.png\n")  # no list to train by
+    before = (out / "eval.json").read_bytes()
+    result = call("eval", out, "--split", north)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert json.loads((out / "eval-north.json").read_text())["images"] == 1
+    assert (out / "eval.json").read_bytes() == before
+    failed(call("eval", out, "--split", tmp_path / "south"), 1, "south: missing")
+    (north / "val.txt").write_text("")
+    failed(call("eval", out, "--split", north), 1, "val.txt: empty")
     maps = tmp_path / "maps"
     result = call("predict", out, prepared / "images" / "t0.png", "-o", maps, "--confidence",
                   "--precision", "float32")  # fmt: skip

@@ -51,7 +51,7 @@ def open_split(config: DataConfig, spec: DatasetSpec, use: Use = "train") -> Spl
         config: of the run.
         spec: the dataset.
         use: "train" checks all images; "resume" forgives training images that broke meanwhile, up
-            to `config.max_damaged`; "evaluate" checks the validation images only.
+            to `config.max_damaged`; "evaluate" opens the validation images only.
 
     Raises:
         DataError: data not found (says what to fetch and which command to run), or anything wrong
@@ -73,7 +73,8 @@ def open_split(config: DataConfig, spec: DatasetSpec, use: Use = "train") -> Spl
 
         notes += split_dataset(root, spec, ratio=config.ratio, labels=config.labels,
                                seed=config.split_seed).notes
-    split = read_split(root, folder, spec, check_files=use == "train")
+    split = (read_val(root, folder) if use == "evaluate"
+             else read_split(root, folder, spec, check_files=use == "train"))
     split.notes = [*notes, *split.notes]
     if use != "evaluate":
         _check_sizes(split, config, folder)
@@ -223,6 +224,17 @@ def read_split(root: Path, folder: Path, spec: DatasetSpec, *, check_files: bool
     val = read_list(find_val_list(folder), root, problems, need_label=True)
     split = Split(labeled, unlabeled, val, folder)
     problems += overlaps(split)
+    if problems:
+        raise DataError(summary(problems))
+    return split
+
+
+def read_val(root: Path, folder: Path) -> Split:
+    """The validation images of a split folder and no others, as evaluating needs them."""
+    problems: list[str] = []
+    if not folder.is_dir():
+        raise DataError(f"split folder {folder}: missing")
+    split = Split([], [], read_list(find_val_list(folder), root, problems, need_label=True), folder)
     if problems:
         raise DataError(summary(problems))
     return split

@@ -113,14 +113,16 @@ def evaluate_run(
     checkpoint: str = "best",
     mode: str | None = None,
     data_root: Path | None = None,
+    split: Path | None = None,
     precision: str | None = None,
     compat: str | None = None,
 ) -> str:
-    """`co2s-fast eval`: score a run on its validation images.
+    """`co2s-fast eval`: score a run on its validation images, or on those of another split folder.
 
     With a `compat` profile, its settings take the place of the run's, students' included.
 
-    Scoring everything ("all") also writes RUN/eval.json and the pictures of the report.
+    Scoring everything ("all") also writes RUN/eval.json and the pictures of the report; of another
+    folder NAME, RUN/eval-NAME.json.
 
     Returns:
         A table of per-class and mean scores.
@@ -132,17 +134,21 @@ def evaluate_run(
     changes = {"student": student, "mode": mode or config.eval.mode,
                "precision": precision or config.eval.precision}  # fmt: skip
     settings = config.eval.model_copy(update=changes)
-    split = open_split(data, spec, "evaluate")
-    panels = run / PANELS_FOLDER if student == "all" else None
-    items = val_dataset(split.val, spec, data)
+    report = run / EVALUATION_FILE
+    if split is not None:
+        data = data.model_copy(update={"split": split, "ratio": None, "labels": None})
+        report = run / f"eval-{split.resolve().name}.json"
+    images = open_split(data, spec, "evaluate").val
+    panels = run / PANELS_FOLDER if student == "all" and split is None else None
+    items = val_dataset(images, spec, data)
     results = evaluate(students, items, spec, settings, device, panels=panels)
     about = checkpoint_step(run, checkpoint)
     if student == "all":
         write_evaluation(
-            run / EVALUATION_FILE, results, spec, settings, checkpoint=checkpoint,
-            step=about["step"], epoch=about["epoch"], images=len(split.val), compat=config.compat,
+            report, results, spec, settings, checkpoint=checkpoint, step=about["step"],
+            epoch=about["epoch"], images=len(images), compat=config.compat,
         )  # fmt: skip
-    head = f"{run}, {checkpoint} checkpoint (step {about['step']}), {len(split.val)} images"
+    head = f"{run}, {checkpoint} checkpoint (step {about['step']}), {len(images)} images"
     lines = [head, *(describe_compat(config, compat) if compat else [])]
     return "\n".join([*lines, format_table(results)])
 
