@@ -310,6 +310,22 @@ def list_datasets() -> None:
 
 
 @data.command()
+@click.argument("raw", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="The description, a .yaml file.")
+@click.option("--name", help="Of the dataset. Default: the file's.")
+@click.option("--images", metavar="TEMPLATE", help='Where the images are, e.g. '
+              '"{scene}/rgb/{part}.tif". Default: guessed from folders and names.')
+@click.option("--labels", metavar="TEMPLATE", help='Where the masks are, e.g. '
+              '"{scene}/masks/{part}.png"; of the fields of --images.')
+@one_line_errors
+def describe(raw: Path, out: Path, **options: Any) -> None:
+    """Propose a description of a folder of images and masks, which `prepare` takes."""
+    from co2s_fast.data import describe_folder
+
+    click.echo(describe_folder(raw, out, **options))
+
+
+@data.command()
 @click.argument("dataset")
 @click.option("--raw", type=PATH, help="Folder with the raw release or your own files.")
 @click.option("--out", type=PATH, required=True, help="Folder for images/, labels/, dataset.yaml.")

@@ -24,6 +24,7 @@ _HOME = {
     "read_split": "splits",
     "split_dataset": "split_maker",
     "describe_catalogue": "listing",
+    "describe_folder": "describe",
     "prepare_dataset": "prepare",
     "check_dataset": "check",
     "check_split": "check",

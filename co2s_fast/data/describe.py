@@ -1,0 +1,271 @@
+"""A first description of a folder of raw files: how they pair up, and what their masks hold.
+
+`co2s-fast data describe` writes it. It is a proposal: a person names the classes.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from co2s_fast.data.catalogue import IGNORE, RGB, Color, DatasetSpec, FilesSpec, parse_dataset
+from co2s_fast.data.files import open_image, write_text
+from co2s_fast.data.guess import guess_templates
+from co2s_fast.data.pairing import Source, fields, find_sources, list_files
+from co2s_fast.data.rasters import is_picture, open_source, reading
+from co2s_fast.data.tiles import SUFFIXES
+from co2s_fast.errors import DataError, UsageError
+
+SAMPLE = 200
+_MOST = 64  # different values of a mask; more are no classes
+_TILED = 1024  # pixels of a side from which images are cut into tiles
+_CROP, _STEP = 512, 16
+
+
+@dataclass
+class MaskContent:
+    """What masks hold.
+
+    Args:
+        numbers: pixels of each number, of masks that are not RGB.
+        colors: pixels of each colour; numbers have that of their palette, else are grey.
+        palette: colour of each number of masks with a palette.
+        by_color: some masks are RGB, or one number has several colours: colours tell the classes.
+        masks: how many were looked at.
+    """
+
+    numbers: Counter = field(default_factory=Counter)
+    colors: Counter = field(default_factory=Counter)
+    palette: dict[int, Color] = field(default_factory=dict)
+    by_color: bool = False
+    masks: int = 0
+
+    @property
+    def pixels(self) -> Counter:
+        """Pixels of each colour, or of each number, by what tells the classes."""
+        return self.colors if self.by_color else self.numbers
+
+
+def describe_folder(raw: Path, out: Path, *, name: str | None = None, images: str | None = None,
+                    labels: str | None = None, progress: bool = True) -> str:
+    """Write a description of a folder of raw images and masks, for `data prepare`.
+
+    Args:
+        raw: the folder.
+        out: the YAML file; it must not exist.
+        name: of the dataset; None: that of the file.
+        images: template of the images (`FilesSpec.images`); None: guessed from folders and names.
+        labels: template of the masks; given with `images` only.
+        progress: draw a bar while masks are read.
+
+    Returns:
+        What was found, and what to do next.
+
+    Raises:
+        UsageError: the file exists, or cannot be written; templates that do not go together.
+        DataError: no images, no masks, or masks that hold no classes.
+    """
+    if out.suffix.lower() not in (".yaml", ".yml"):
+        raise UsageError(f"-o {out}: expected a name that ends with .yaml")
+    if out.exists():
+        raise UsageError(f"-o {out}: exists already; remove it, or give another name")
+    if labels is not None and images is None:
+        raise UsageError("--labels: give --images as well, since both share their fields")
+    if not raw.is_dir():
+        raise DataError(f"raw folder {raw}: missing")
+    if images is None:
+        names = [each for each in list_files(raw) if Path(each).suffix.lower() in SUFFIXES]
+        images, labels = guess_templates(names, raw)
+    sources = find_sources(raw, _without_classes(images, labels))
+    masked = [source for source in sources if source.label is not None]
+    if not masked:
+        raise DataError(f"{raw}: none of {len(sources)} images has a mask; say where masks are "
+                        "with --images and --labels")
+    content = read_masks([source.label for source in masked], progress)
+    if len(content.pixels) < 2:
+        raise DataError(f"{raw}: all {content.masks} masks that were read hold nothing but "
+                        f"{next(iter(content.pixels))}; a dataset needs two classes")
+    text = _render(raw, out, name or out.stem, images, labels, sources, content)
+    spec = parse_dataset(yaml.safe_load(text), out)
+    try:
+        write_text(out, text)
+    except OSError as error:
+        raise UsageError(f"-o {out}: {error.strerror or error}") from error
+    kind = "colour" if content.by_color else "number"
+    return "\n".join([
+        f"wrote {out}: {len(sources)} images, {len(masked)} with a mask; {spec.num_classes} "
+        f"classes by {kind} in {content.masks} masks that were read",
+        "name the classes in it (text queries are made of the names), then",
+        f"  co2s-fast data prepare {out} --raw {raw} --out data/{spec.name}",
+    ])
+
+
+def _without_classes(images: str, labels: str | None) -> DatasetSpec:
+    """As much of a dataset as finding its files takes."""
+    pair = [{"name": "a", "color": (0, 0, 0)}, {"name": "b", "color": (0, 0, 1)}]
+    return DatasetSpec(name="raw", classes=pair, files=FilesSpec(images=images, labels=labels))
+
+
+def read_masks(paths: Sequence[Path], progress: bool = True) -> MaskContent:
+    """The numbers or colours of masks, of at most `SAMPLE` of them, evenly spread.
+
+    Raises:
+        DataError: a mask is damaged, or holds more than a few numbers or colours.
+    """
+    if len(paths) > SAMPLE:
+        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, SAMPLE).round().astype(int)]
+    found = MaskContent()
+    for path in tqdm(paths, desc="reading masks", unit="mask", leave=False,
+                     disable=not progress or len(paths) < 8):  # fmt: skip
+        _count(path, *read_mask(path), found)
+        if len(found.pixels) > _MOST:
+            kind = "colours" if found.by_color else "values"
+            raise DataError(f"{path}: {len(found.pixels)} different {kind} up to here, too many "
+                            "for classes; is it a mask, and saved without loss (PNG, not JPEG)?")
+    return found
+
+
+def read_mask(path: Path) -> tuple[NDArray, dict[int, Color]]:
+    """A mask's numbers [H, W] or colours [H, W, 3], and the colours of its palette."""
+    if is_picture(path):
+        image = open_image(path)
+        if image.mode == "P":
+            flat = image.getpalette() or []
+            colors = {i: tuple(flat[3 * i : 3 * i + 3]) for i in range(len(flat) // 3)}
+            return np.asarray(image), colors
+        if image.mode in ("L", "1", "I", "I;16"):
+            return np.asarray(image).astype(np.int64), {}
+        return np.asarray(image.convert("RGB")), {}
+    with open_source(path) as source, reading(path):
+        if source.count >= 3:
+            return source.read([1, 2, 3]).transpose(1, 2, 0), {}
+        from rasterio.enums import ColorInterp
+
+        colored = source.colorinterp[0] == ColorInterp.palette
+        table = source.colormap(1) if colored else {}
+        return source.read(1), {value: color[:3] for value, color in table.items()}
+
+
+def _count(path: Path, values: NDArray, palette: dict[int, Color], found: MaskContent) -> None:
+    """Add a mask's pixels."""
+    rgb = values.ndim == 3
+    if not rgb and values.dtype.kind == "f":
+        raise DataError(f"{path}: a mask of {values.dtype}, expected whole numbers or colours")
+    packed = values.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1]) if rgb else values
+    found.by_color |= rgb
+    found.masks += 1
+    numbers, counts = np.unique(packed, return_counts=True)
+    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        if rgb:
+            found.colors[number >> 16, number >> 8 & 255, number & 255] += count
+            continue
+        color = palette.get(number, (number, number, number))
+        found.numbers[number] += count
+        found.colors[color] += count
+        if number in palette:
+            found.by_color |= found.palette.setdefault(number, color) != color
+
+
+def _render(raw: Path, out: Path, name: str, images: str, labels: str | None,
+            sources: Sequence[Source], content: MaskContent) -> str:
+    """The description as YAML with comments."""
+    color = content.by_color
+    total = sum(content.pixels.values())
+    values = sorted(content.pixels)
+    # Beside several values 255 means no class; masks of two things have 0 and 255.
+    ignored = [IGNORE] if not color and IGNORE in values and len(values) > 2 else []
+    values = [value for value in values if value not in ignored]
+    used: set[Color] = set()
+    rows = []
+    for number, value in enumerate(values, 1):
+        rgb = value if color else content.palette.get(value)
+        if rgb is None or rgb in used:
+            rgb = _distinct(number, used)
+        used.add(rgb)
+        entry = f"name: class {number}, color: {list(rgb)}"
+        if not color and value != number - 1:
+            entry += f", values: [{value}]"
+        share = f"{100 * content.pixels[value] / total:.2f} % of the pixels"
+        black = "; no class? then it belongs to `ignore`" if value in (0, (0, 0, 0)) else ""
+        rows.append(f"  - {{{entry}}}   # {share}{black}")
+    size, crop, sides = _sizes(sources)
+    what = "colours" if color else "numbers"
+    lines = [
+        "# A proposal of `co2s-fast data describe`. Name the classes; phrases help text queries:",
+        "# `concepts: [lake, river]`. examples/datasets of co2s-fast explains all keys.",
+        "#",
+        f"#   co2s-fast data prepare {out} --raw {raw} --out data/{name}",
+        f"#   co2s-fast data split data/{name} --labels 20",
+        f"#   co2s-fast train --dataset data/{name}/dataset.yaml --labels 20",
+        f"name: {json.dumps(name)}",
+        "",
+        f"# In label order, as the {what} of {content.masks} masks have them.",
+        "classes:",
+        *rows,
+        "",
+        "mask:",
+        f"  encoding: {'color' if color else 'index'}",
+        f"  ignore: {ignored}   # {what} that mean no class",
+        "",
+        "files:",
+        f"  images: {json.dumps(images)}",
+        *([] if labels is None else [f"  labels: {json.dumps(labels)}"]),
+        *([f'  # group: "{{{names[0]}}}"   # what is never in both training and validation']
+          if len(names := fields(images)) > 1 else []),
+        "",
+        f"# Images are {sides}.",
+        f"tile: {{size: {size or 'null'}}}",
+        f"crop: {crop}",
+        *_bands(sources[0].image),
+        "val: 0.2   # share of the images that validate, or patterns of their names",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _sizes(sources: Sequence[Source]) -> tuple[int | None, int, str]:
+    """Side of tiles (None: images stay whole), side of crops, and the images' sizes in words."""
+    step = max(len(sources) // SAMPLE, 1)
+    sizes = [_size(source.image) for source in sources[::step]]
+    least, most = min(map(min, sizes)), max(map(max, sizes))
+    crop = min(_CROP, max(least // _STEP * _STEP, _STEP))
+    words = f"{least} to {most} pixels wide and high"
+    return (crop if most > _TILED else None), crop, words
+
+
+def _size(path: Path) -> tuple[int, int]:
+    if is_picture(path):
+        return open_image(path).size
+    with open_source(path) as source:
+        return source.width, source.height
+
+
+def _bands(path: Path) -> list[str]:
+    """Lines about the bands of images that are not 8-bit colour or grey."""
+    if is_picture(path):
+        return []
+    with open_source(path) as source:
+        count, kinds = source.count, set(source.dtypes)
+    if count <= 3 and kinds == {"uint8"}:
+        return []
+    lines = [f"bands: {list(range(1, count + 1))}   # of {', '.join(sorted(kinds))}"]
+    return lines + [f"# band_names: [{', '.join(RGB)}, nir]"] * (count >= 4)
+
+
+def _distinct(number: int, used: set[Color]) -> Color:
+    """A colour that is not used yet; hues go round by the golden ratio."""
+    while True:
+        rgb = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.65, 0.9)
+        color = tuple(round(255 * part) for part in rgb)
+        if color not in used:
+            return color
+        number += 1
