@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from co2s_fast.data.files import write_text
+from co2s_fast.engine.config import RESUMABLE
 from co2s_fast.errors import UsageError
 from co2s_fast.report.page import render
 from co2s_fast.report.plots import COLORS, Line, curve, series
 from co2s_fast.report.run import STUDENT_NAMES, Run, flat, read_run
 
 # Two runs that differ in these alone are repetitions of one experiment.
-SEED_KEYS = ("seed", "out")
-# These do not change what a run computes.
-SILENT_KEYS = ("data.root", "data.workers", "train.device", "train.tensorboard", "train.log_every")
+SEED_KEYS = {"seed", "data.split_seed"}
 PREDICTIONS = ("clip", "clip2", "ssm", "ssm2", "both")
 
 
@@ -75,7 +74,7 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     """Groups in the order of their first run, and the settings in which the groups differ."""
     found: dict[tuple, list[Run]] = {}
     for number, run in enumerate(runs):
-        settings = {k: repr(v) for k, v in flat(run.config) if k not in SEED_KEYS + SILENT_KEYS}
+        settings = {k: repr(v) for k, v in flat(run.config) if k not in SEED_KEYS | RESUMABLE}
         # Without a configuration nothing says that two runs are repetitions.
         key = tuple(sorted(settings.items())) or (number,)
         found.setdefault(key, []).append(run)
@@ -84,7 +83,7 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     differing = [
         key
         for key in keys
-        if key not in SEED_KEYS + SILENT_KEYS
+        if key not in SEED_KEYS | RESUMABLE
         and len({repr(settings.get(key, "—")) for settings in first}) > 1
     ]
     shared = [k for k in differing if all(k in settings for settings in first)]

@@ -5,6 +5,7 @@ import re
 import statistics
 
 import pytest
+import yaml
 from invented import make_run
 
 from co2s_fast.errors import UsageError
@@ -53,6 +54,16 @@ def test_groups_and_what_sets_them_apart(runs, tmp_path):
     ]  # fmt: skip
     assert differing == ["data.labels", "method.name"]
     assert len({group.color for group in groups}) == 3
+
+
+def test_seeds_of_the_split_and_where_it_ran_set_nothing_apart(runs):
+    changed = runs[1] / "config.yaml"
+    content = yaml.safe_load(changed.read_text())
+    content["data"] |= {"split_seed": 1, "workers": 0, "root": "elsewhere"}
+    changed.write_text(yaml.safe_dump(content))
+    groups, differing = grouped([read_run(folder) for folder in runs[:3]])
+    assert [len(group.runs) for group in groups] == [3]
+    assert differing == []
 
 
 def test_runs_without_configuration_are_not_taken_for_repetitions(runs):
