@@ -20,6 +20,7 @@ from tqdm import tqdm
 from co2s_fast.data.catalogue import IGNORE, RGB, Color, DatasetSpec, FilesSpec, parse_dataset
 from co2s_fast.data.files import open_image, write_text
 from co2s_fast.data.guess import guess_templates
+from co2s_fast.data.integrity import header_size
 from co2s_fast.data.pairing import Source, fields, find_sources, list_files
 from co2s_fast.data.rasters import is_picture, open_source, reading
 from co2s_fast.data.tiles import SUFFIXES
@@ -243,10 +244,13 @@ def _sizes(sources: Sequence[Source]) -> tuple[int | None, int, str]:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    if is_picture(path):
-        return open_image(path).size
-    with open_source(path) as source:
-        return source.width, source.height
+    if not is_picture(path):
+        with open_source(path) as source:
+            return source.width, source.height
+    try:
+        return header_size(path)
+    except (OSError, SyntaxError, ValueError):
+        return open_image(path).size  # says in one line what is wrong
 
 
 def _bands(path: Path) -> list[str]:

@@ -160,6 +160,10 @@ def test_masks_without_classes(tmp_path):
     write_pairs(tmp_path / "flat", np.full((32, 48), 4))
     with pytest.raises(DataError, match="hold nothing but 4; a dataset needs two classes"):
         described(tmp_path / "flat", tmp_path)
+    save(tmp_path / "flat/labels/0.png", np.eye(32))
+    (tmp_path / "flat/images/1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"1\.png: damaged or not an image"):
+        described(tmp_path / "flat", tmp_path)
     with pytest.raises(DataError, match="nowhere: missing"):
         described(tmp_path / "nowhere", tmp_path)
     with pytest.raises(UsageError, match=r"ends with \.yaml"):
