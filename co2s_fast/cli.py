@@ -297,7 +297,7 @@ main.add_command(weights)
 
 @main.group()
 def data() -> None:
-    """List, prepare, split and check datasets."""
+    """List, describe, prepare, split and check datasets."""
 
 
 @data.command("list")
@@ -319,7 +319,11 @@ def list_datasets() -> None:
               '"{scene}/masks/{part}.png"; of the fields of --images.')
 @one_line_errors
 def describe(raw: Path, out: Path, **options: Any) -> None:
-    """Propose a description of a folder of images and masks, which `prepare` takes."""
+    """Propose the description of a raw folder, for `prepare`.
+
+    Images and masks are told apart by the names of files and folders. Classes get numbers for
+    names: rename them.
+    """
     from co2s_fast.data import describe_folder
 
     click.echo(describe_folder(raw, out, **options))
