@@ -337,13 +337,16 @@ def describe(raw: Path, out: Path, **options: Any) -> None:
               "counted from 1, in place of `bands` in the description.")
 @click.option("--stretch", type=click.Choice(["auto", "percentile", "minmax", "none"]),
               help="How numbers become [0, 1], in place of `raster.stretch` in the description.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that was prepared from something "
+              "else, its splits included.")
 @one_line_errors
-def prepare(dataset: str, raw: Path | None, out: Path, **options: Any) -> None:
+def prepare(dataset: str, raw: Path | None, out: Path, overwrite: bool, **options: Any) -> None:
     """Turn raw files into the layout that `train` reads (DATASET: a name or a YAML file)."""
     from co2s_fast.data import load_dataset, prepare_dataset
     from co2s_fast.data.catalogue import change_bands
 
-    click.echo(prepare_dataset(change_bands(load_dataset(dataset), **options), raw, out))
+    spec = change_bands(load_dataset(dataset), **options)
+    click.echo(prepare_dataset(spec, raw, out, overwrite=overwrite))
 
 
 @data.command()

@@ -86,7 +86,7 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
         raw: folder that its templates are relative to, archives in it included, or an archive;
             None for a generated dataset.
         out: the folder to make.
-        overwrite: replace a folder made from something else, its splits included.
+        overwrite: replace a folder prepared from something else, its splits included.
         progress: show a bar.
 
     Raises:
@@ -105,11 +105,14 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
     raw = Path(raw)
     archives = find_archives(raw)
     record = _record(raw, spec)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
-        if done := _same(out, record):
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        if not overwrite and (done := _same(out, record)):
             return done
-        raise DataError(f"{out}: exists and was not prepared from {raw} with this description; "
-                        "remove it, choose another folder, or overwrite it")
+        if not (out / RECORD).is_file() or raw.resolve().is_relative_to(out.resolve()):
+            raise DataError(f"{out}: exists and is no prepared folder; choose another one")
+        if not overwrite:
+            raise DataError(f"{out}: exists and was not prepared from {raw} with this description; "
+                            "choose another folder, or overwrite it (--overwrite)")
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     with unpacked(archives, out, progress) as more:

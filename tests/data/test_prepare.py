@@ -136,8 +136,14 @@ def test_again_changes_nothing_and_another_description_is_refused(tmp_path):
     assert prepare_dataset(other, raw, out, overwrite=True, progress=False).tiles == 24
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(DataError, match="exists"):
-        prepare(raw, tmp_path / "mine", two_classes())
+    for overwrite in (False, True):  # what was not prepared is never replaced
+        for folder in (tmp_path / "mine", raw, raw / "a", tmp_path):
+            with pytest.raises(DataError, match="is no prepared folder"):
+                prepare_dataset(two_classes(), raw, folder, overwrite=overwrite, progress=False)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    inside = write_raw(out / "more", ["a/1"])
+    with pytest.raises(DataError, match="is no prepared folder"):
+        prepare_dataset(two_classes(), inside, out, overwrite=True, progress=False)
 
 
 def test_all_bad_files_are_named_and_nothing_is_written(tmp_path):
