@@ -24,6 +24,7 @@ from co2s_fast.data.files import replacing, write_text
 from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.config import PretrainConfig, RunConfig
 from co2s_fast.engine.log import say
+from co2s_fast.engine.outputs import check_writable
 from co2s_fast.engine.start import derived_seed, student_seed
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models import Student, build_student
@@ -50,7 +51,8 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
         The files, for `train --pretrained OUT`.
 
     Raises:
-        UsageError: a student that already starts from weights, or a folder that cannot be written.
+        UsageError: a student that already starts from weights, or a folder that holds weights
+            already or cannot be written to; both before anything is trained.
         DataError: anything wrong with the data, or a loss that is not finite.
     """
     for name, student in config.students.items():
@@ -64,10 +66,10 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
     if not split.unlabeled:
         raise DataError(f"{split.folder / 'unlabeled.txt'}: empty, and pretraining learns from "
                         "unlabelled images")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output folder {out}: {error.strerror or error}") from None
+    if (out / RECORD).exists():
+        raise UsageError(f"{out} already holds pretrained weights; remove it, or give another "
+                         "folder")
+    check_writable(out)
     device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu"
                           else "cpu")  # fmt: skip
     data = config.data.model_copy(

@@ -36,6 +36,11 @@ def test_a_run_starts_from_pretrained_backbones(run_content, tmp_path) -> None:
         assert student["loss"][-1] < student["loss"][0]
     again = pretrain(config, tmp_path / "again", progress=False)
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
+    with pytest.raises(UsageError, match="weights already holds pretrained weights"):
+        pretrain(config, tmp_path / "weights", progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be written to"):
+        pretrain(config, tmp_path / "file/weights", progress=False)
     other = pretrain(config.model_copy(update={"seed": 1}), tmp_path / "other", progress=False)
     assert paths[0].read_bytes() != other[0].read_bytes()
     for name, path in zip(("clip", "ssm"), paths, strict=True):
