@@ -80,7 +80,7 @@ class LossTerms:
         values = torch.stack(self._sums) / counts.clamp(min=1)
         if self._shards > 1:
             values = values.sum(1) / self._shards
-        else:
+        elif self._parts > 1:
             values = values / self._parts
         totals: dict[str, Tensor] = {}
         for index, key in enumerate(self._keys):
