@@ -17,6 +17,7 @@ import yaml
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from co2s_fast.data.archives import find_archives
 from co2s_fast.data.catalogue import IGNORE, RGB, Color, DatasetSpec, FilesSpec, parse_dataset
 from co2s_fast.data.files import open_image, write_text
 from co2s_fast.data.guess import guess_templates
@@ -85,6 +86,9 @@ def describe_folder(raw: Path, out: Path, *, name: str | None = None, images: st
         raise DataError(f"raw folder {raw}: missing")
     if images is None:
         names = [each for each in list_files(raw) if Path(each).suffix.lower() in SUFFIXES]
+        if not names and (archives := find_archives(raw)):
+            raise DataError(f"{archives[0]}: an archive; `data prepare` looks into it, this command "
+                            "does not: unpack it first")
         images, labels = guess_templates(names, raw)
     sources = find_sources(raw, _without_classes(images, labels))
     masked = [source for source in sources if source.label is not None]

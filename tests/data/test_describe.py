@@ -164,6 +164,10 @@ def test_masks_without_classes(tmp_path):
     (tmp_path / "flat/images/1.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"1\.png: damaged or not an image"):
         described(tmp_path / "flat", tmp_path)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/all.zip").touch()
+    with pytest.raises(DataError, match=r"all\.zip: an archive; .* unpack it first"):
+        described(tmp_path / "packed", tmp_path)
     with pytest.raises(DataError, match="nowhere: missing"):
         described(tmp_path / "nowhere", tmp_path)
     with pytest.raises(UsageError, match=r"ends with \.yaml"):
