@@ -87,8 +87,8 @@ def describe_folder(raw: Path, out: Path, *, name: str | None = None, images: st
     if images is None:
         names = [each for each in list_files(raw) if Path(each).suffix.lower() in SUFFIXES]
         if not names and (archives := find_archives(raw)):
-            raise DataError(f"{archives[0]}: an archive; `data prepare` looks into it, this command "
-                            "does not: unpack it first")
+            raise DataError(f"{archives[0]}: an archive; `data prepare` looks into it, this "
+                            "command does not: unpack it first")
         images, labels = guess_templates(names, raw)
     sources = find_sources(raw, _without_classes(images, labels))
     masked = [source for source in sources if source.label is not None]
