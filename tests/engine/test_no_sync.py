@@ -49,11 +49,11 @@ def make_batch(device: str) -> Batch:
 class TrainerOfOneMethod(Trainer):
     """What `Trainer._make_step` needs, without data, folders and checkpoints."""
 
-    def __init__(self, method: nn.Module, fused: bool) -> None:
+    def __init__(self, method: nn.Module, fused: bool, accumulate: int = 1) -> None:
         self.step, self.total_steps = 5, 10
-        train = SimpleNamespace(debug_steps=0, power=0.9, warmup_steps=0)
+        train = SimpleNamespace(debug_steps=0, power=0.9, warmup_steps=0, accumulate=accumulate)
         self.config = SimpleNamespace(train=train, seed=0)
-        self.ranks = SimpleNamespace(rank=0)
+        self.ranks = SimpleNamespace(rank=0, world=1)
         self.step_module = method
         parameters = [p for p in method.parameters() if p.requires_grad]
         groups = [{"params": parameters, "lr": 1e-3, "initial_lr": 1e-3}]
@@ -62,10 +62,13 @@ class TrainerOfOneMethod(Trainer):
         self.autocast = contextlib.nullcontext()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_whole_step_without_values(name):
+def test_a_whole_step_without_values(name, accumulate):
     method = make_method(name).to("meta")
-    trainer = TrainerOfOneMethod(method, fused=False)  # fused AdamW has no kernel for meta
+    method.take_parts(accumulate)
+    # fused AdamW has no kernel for meta
+    trainer = TrainerOfOneMethod(method, fused=False, accumulate=accumulate)
     for _ in range(2):
         trainer._make_step(make_batch("meta"))
     assert trainer.step == 7 and trainer.meter.steps == 2
