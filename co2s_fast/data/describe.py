@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import yaml
@@ -27,6 +28,7 @@ from co2s_fast.data.rasters import is_picture, open_source, reading
 from co2s_fast.data.tiles import SUFFIXES
 from co2s_fast.errors import DataError, UsageError
 
+T = TypeVar("T")
 SAMPLE = 200
 _MOST = 64  # different values of a mask; more are no classes
 _TILED = 1024  # pixels of a side from which images are cut into tiles
@@ -126,9 +128,7 @@ def read_masks(paths: Sequence[Path], progress: bool = True) -> MaskContent:
     Raises:
         DataError: a mask is damaged, or holds more than a few numbers or colours.
     """
-    if len(paths) > SAMPLE:
-        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, SAMPLE).round().astype(int)]
-    found = MaskContent()
+    paths, found = _spread(paths), MaskContent()
     for path in tqdm(paths, desc="reading masks", unit="mask", leave=False,
                      disable=not progress or len(paths) < 8):  # fmt: skip
         _count(path, *read_mask(path), found)
@@ -137,6 +137,12 @@ def read_masks(paths: Sequence[Path], progress: bool = True) -> MaskContent:
             raise DataError(f"{path}: {len(found.pixels)} different {kind} up to here, too many "
                             "for classes; is it a mask, and saved without loss (PNG, not JPEG)?")
     return found
+
+
+def _spread(items: Sequence[T]) -> list[T]:
+    """At most `SAMPLE` of the items, evenly spread, the first and the last among them."""
+    places = np.linspace(0, len(items) - 1, min(len(items), SAMPLE)).round().astype(int)
+    return [items[place] for place in places]
 
 
 def read_mask(path: Path) -> tuple[NDArray, dict[int, Color]]:
@@ -239,8 +245,7 @@ def _render(raw: Path, out: Path, name: str, images: str, labels: str | None,
 
 def _sizes(sources: Sequence[Source]) -> tuple[int | None, int, str]:
     """Side of tiles (None: images stay whole), side of crops, and the images' sizes in words."""
-    step = max(len(sources) // SAMPLE, 1)
-    sizes = [_size(source.image) for source in sources[::step]]
+    sizes = [_size(source.image) for source in _spread(sources)]
     least, most = min(map(min, sizes)), max(map(max, sizes))
     crop = min(_CROP, max(least // _STEP * _STEP, _STEP))
     words = f"{least} to {most} pixels wide and high"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Sequence
-from itertools import chain
+from itertools import chain, islice, takewhile
 from pathlib import Path, PurePosixPath
 
 from co2s_fast.errors import DataError
@@ -104,9 +105,11 @@ def _affixes(images: Sequence[PurePosixPath], masks: Sequence[PurePosixPath]
         for base, before, after in _bases(mask.stem):
             if base in known:
                 votes["", "", before, after] += 1
-            else:
-                votes.update({("", stem[len(base) :], before, after) for stem in stems
-                              if stem.startswith(base) and not stem[len(base)].isalnum()})
+                continue
+            alike = takewhile(lambda stem, base=base: stem.startswith(base),
+                              islice(stems, bisect_left(stems, base), None))
+            votes.update({("", stem[len(base) :], before, after) for stem in alike
+                          if not stem[len(base)].isalnum()})
     # Of those that as many masks vote for, what takes least away.
     return max(votes, key=lambda v: (votes[v], -len("".join(v))), default=("", "", "", ""))
 

@@ -135,7 +135,7 @@ class Method(nn.Module, ABC):
     def shares_of(self, world: int) -> str:
         """What a batch is shared among, for messages."""
         among = f"{world} processes"
-        return among if self.parts == 1 else f"{among}, {self.parts} parts each (train.accumulate),"
+        return among if self.parts == 1 else f"{among} in {self.parts} parts (train.accumulate)"
 
     def loss_terms(self) -> LossTerms:
         """An empty collection of terms with this method's denominators."""

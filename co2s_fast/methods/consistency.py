@@ -274,7 +274,7 @@ class ConsistencyMethod(Method):
         if shards % shares:
             raise UsageError(
                 f"method.cutmix_shards: {shards} shards cannot be divided among "
-                f"{self.shares_of(world).rstrip(',')}"
+                f"{self.shares_of(world)}"
             )
         if batch_size % shards:
             raise UsageError(

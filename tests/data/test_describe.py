@@ -12,7 +12,7 @@ from PIL import Image
 from toy_data import write_raw
 
 from co2s_fast.cli import main
-from co2s_fast.data import describe_folder, load_dataset, prepare_dataset
+from co2s_fast.data import describe, describe_folder, load_dataset, prepare_dataset
 from co2s_fast.data.files import load_label
 from co2s_fast.data.guess import guess_templates
 from co2s_fast.data.pairing import find_sources
@@ -184,3 +184,17 @@ def test_dubai(shared_dir, tmp_path):
     spec = load_dataset(out)
     assert {(60, 16, 152), (226, 169, 41), (155, 155, 155)} <= set(spec.palette)
     assert spec.layouts[0].images == "{scene}/images/{name}.jpg"
+
+
+def test_many_files_are_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(describe, "SAMPLE", 3)
+    write_pairs(tmp_path / "raw", np.tile(np.uint8([0, 1]), (32, 16)), count=7)
+    looked, read = [], describe.read_mask
+
+    def noted(path: Path):
+        looked.append(path.stem)
+        return read(path)
+
+    monkeypatch.setattr(describe, "read_mask", noted)
+    assert described(tmp_path / "raw", tmp_path).num_classes == 2
+    assert looked == ["0", "3", "6"]

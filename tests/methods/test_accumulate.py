@@ -110,9 +110,9 @@ def test_parts_that_cannot_be(make_method) -> None:
     assert "CutMix does nothing" in warning and "train.accumulate" in warning
     method = make_method("co2s", mean_shards=3)
     method.take_parts(2)
-    with pytest.raises(UsageError, match=r"mean_shards: 6 images.* 2 parts each"):
+    with pytest.raises(UsageError, match=r"shards: 6 images.* in 2 parts \(train.accumulate\)"):
         method.check_batch(6, 1)
     method = make_method("co2s", cutmix_shards=3)
     method.take_parts(2)
-    with pytest.raises(UsageError, match="3 shards cannot be divided among 1 processes, 2 parts"):
+    with pytest.raises(UsageError, match="3 shards cannot be divided among 1 processes in 2 parts"):
         method.check_batch(12, 1)
