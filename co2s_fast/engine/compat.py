@@ -88,6 +88,10 @@ def _same_image(config: RunConfig) -> Settings:
     return found | {"data.loader": "torch"} if found else {}
 
 
+def _averages(config: RunConfig) -> Settings:
+    return {"train.ema": 0.0} | of_method(teacher="student")(config)
+
+
 def _dinov3(config: RunConfig) -> Settings:
     """No other timm model has that embedding."""
     return {f"students.{name}.{key}": value for name, student in config.students.items()
@@ -133,6 +137,8 @@ DEVIATIONS = (
               TRAIN, of_method(mean_shards=RELEASED_GPUS)),
     Deviation("precision", "training in float32", TRAIN,
               lambda config: {"train.precision": "float32"}),
+    Deviation("averages", "the weights of a step are evaluated, and label the unlabelled pixels",
+              TRAIN, _averages),
     Deviation("weights", "the paper's factors of the losses", TRAIN, _weights),
     Deviation("scores", "float32, windows at 5/6 of the crop, a class that is absent counts as 0",
               INFER, lambda config: {"eval.precision": "float32", "eval.mode": "auto",

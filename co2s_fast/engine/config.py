@@ -46,6 +46,9 @@ class TrainConfig(_Strict):
         accumulate: pass each step's batch through the students in so many equal parts, one after
             another, and add their gradients up: less memory, as many images and steps. A part has
             loss means and CutMix partners of its own, as a process of several has of its share.
+        ema: decay of an exponential moving average of each student's weights (`engine.averages`),
+            e.g. 0.99; it is what is evaluated, kept as `best`, predicted with and exported, in
+            place of the weights of one step. 0, as the paper has it: none.
         power, warmup_steps: polynomial decay, and a linear warm-up (none by default).
         device: "auto" takes CUDA where there is one.
         precision: "auto" is bfloat16 autocast on CUDA and float32 on the CPU.
@@ -80,6 +83,7 @@ class TrainConfig(_Strict):
     decoder_multiplier: float = Field(default=10.0, ge=0)
     adapter_multiplier: float = Field(default=1.0, ge=0)
     accumulate: int = Field(default=1, ge=1)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     power: float = Field(default=0.9, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -158,6 +162,12 @@ class RunConfig(_Strict):
         """A run that trains on another crop than the dataset's is evaluated on windows of it."""
         if self.eval.crop is None and self.data.crop is not None:
             self.eval = self.eval.model_copy(update={"crop": self.data.crop})
+        return self
+
+    @model_validator(mode="after")
+    def _averages_can_teach(self) -> RunConfig:
+        if getattr(self.method, "teacher", "student") == "average" and not self.train.ema:
+            raise ValueError("method.teacher: 'average' needs train.ema > 0 (e.g. 0.99), found 0")
         return self
 
     @property

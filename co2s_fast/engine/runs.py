@@ -10,6 +10,7 @@ import yaml
 from torch import nn
 
 from co2s_fast.data.catalogue import DatasetSpec, load_dataset, parse_dataset
+from co2s_fast.engine.averages import average_stem
 from co2s_fast.engine.checkpoint import load_weights, read_arrays, read_state
 from co2s_fast.engine.config import RunConfig, read_run_config, read_yaml, with_compat
 from co2s_fast.errors import DataError
@@ -61,7 +62,8 @@ def load_run(
     """Open a run to evaluate it, predict with it or report on it.
 
     No pretrained weight is fetched: every tensor comes from the checkpoint. Low-rank adapters are
-    merged into the weights they stand beside.
+    merged into the weights they stand beside. Where a run averages its weights (`train.ema`), its
+    students are the averages, of either checkpoint.
 
     Args:
         folder: the run folder.
@@ -86,8 +88,9 @@ def load_run(
     students = {}
     for name, student_config in config.students.items():
         student = bare_student(student_config, spec)
-        weights = read_arrays(source, state, name)
-        file = f"checkpoint {source / state['files'][name]}"
+        stem = average_stem(name) if average_stem(name) in state["files"] else name
+        weights = read_arrays(source, state, stem)
+        file = f"checkpoint {source / state['files'][stem]}"
         check_channels(weights, student.channels, file)
         load_weights(student, weights, file)
         student.merge_adapters()

@@ -95,6 +95,8 @@ def headline(trainer: Trainer, record: dict[str, Any]) -> str:
                 f"student {name}: patch projection inflated to {student['channels']} channels: "
                 f"{', '.join(trainer.config.students[name].bands or ('RGB',))}"
             )
+    if ema := trainer.config.train.ema:
+        lines.append(f"evaluated and kept as best: averages of the weights (train.ema {ema:g})")
     total = sum(record["labeled_pixels"].values()) or 1
     shares = [f"{name} {100 * n / total:.1f} %" for name, n in record["labeled_pixels"].items()]
     lines.append(f"labelled pixels: {', '.join(shares)}")

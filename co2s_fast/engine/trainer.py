@@ -21,6 +21,7 @@ from co2s_fast.data.imbalance import class_weights, labeled_pixels
 from co2s_fast.data.loader import build_loader, choose_loader
 from co2s_fast.data.validation import val_dataset
 from co2s_fast.engine import checkpoint, distributed, memory, start
+from co2s_fast.engine.averages import Averages
 from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.collapse import CollapseWatch
 from co2s_fast.engine.config import CONFIG_FILE, RunConfig, dump_config
@@ -164,8 +165,11 @@ class Trainer:
         self.warnings = self.method.check_batch(config.data.batch_size, self.ranks.world)
         if train.channels_last:
             self.method.to(memory_format=torch.channels_last)
+        self.averages = Averages(self.students, train.ema) if train.ema else None
+        self.evaluated = self.averages.students if self.averages else self.students
+        self.method.take_averages(self.evaluated)
         if train.compile:
-            for student in self.students.values():
+            for student in {*self.students.values(), *self.evaluated.values()}:
                 student.features = torch.compile(student.features)
                 student.decode = torch.compile(student.decode)
         self.step_module = self.method
@@ -213,6 +217,8 @@ class Trainer:
                 weights = beside_adapters(weights, student.state_dict())
             checkpoint.load_weights(student, weights, f"checkpoint {folder}")
             student.provenance = state["provenance"][name]
+        if self.averages is not None:
+            self.averages.restore(folder, state)
         if state["step"] == 0:  # imported: everything else starts here, by this configuration
             return
         if own := self.method.own_state():
@@ -276,6 +282,8 @@ class Trainer:
         self.meter.add(self._add_gradients(batch))
         self.optimizer.step()
         self.step += 1
+        if self.averages is not None:
+            self.averages.update(self.step)
 
     def _add_gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Backpropagate the batch, part after part; its losses and counts."""
@@ -336,13 +344,13 @@ class Trainer:
         config = self.config.eval.model_copy(update={"student": "all"})
         place = {"rank": self.ranks.rank, "world": self.ranks.world}
         scores = evaluate(
-            self.students, self.val, self.spec, config, self.device, progress=False, **place
+            self.evaluated, self.val, self.spec, config, self.device, progress=False, **place
         )
         pseudo = {}
         if len(self.probe):
             threshold = getattr(self.config.method, "threshold", 0.95)
             pseudo = pseudo_label_quality(
-                self.students, self.probe, self.spec, config, self.device, threshold=threshold,
+                self.evaluated, self.probe, self.spec, config, self.device, threshold=threshold,
                 limit=self.config.train.probe_images, progress=False, **place,
             )  # fmt: skip
             self.damage.meet(self.step, self.probe_damage)
@@ -361,7 +369,7 @@ class Trainer:
         if self.best["score"] is None or score > self.best["score"]:
             self.best = {"score": score, "step": self.step}
             state = {"score": score, "students": mious}
-            self._write("best", student_arrays(self.students), state)
+            self._write("best", student_arrays(self.evaluated), state)
 
     def _save_last(self) -> None:
         tensors, structure = checkpoint.pack_optimizer(self.optimizer)
@@ -370,6 +378,8 @@ class Trainer:
                   "split": {"pixels": torch.from_numpy(self.split.pixels)}}
         if own := self.method.own_state():
             arrays["method"] = own
+        if self.averages is not None:
+            arrays |= self.averages.arrays()
         window = {"steps": self.meter.steps, "sums": self.meter.fetch()}
         self._write("last", arrays, {"optimizer": structure, "rng": random_rest,
                                      "best": self.best, "window": window,

@@ -61,6 +61,7 @@ class Method(nn.Module, ABC):
         self.students = nn.ModuleDict(dict(students))
         self.config = config
         self.seed = seed
+        self.averages: dict[str, Student] = {}
         # Not in the state: a resumed run computes it again from the same counts.
         self.register_buffer("class_weight", None, persistent=False)
 
@@ -83,6 +84,14 @@ class Method(nn.Module, ABC):
         are its own images. Losses, counts and gradients of all parts add up to the step's.
         """
         self.parts = parts
+
+    def take_averages(self, averages: Mapping[str, Student]) -> None:
+        """Be told the averages of the students' weights, for a method whose teachers they are.
+
+        They are not part of the method: neither its parameters nor its state, and already in
+        evaluation mode. Without `train.ema` they are the students themselves.
+        """
+        self.averages = dict(averages)
 
     @abstractmethod
     def forward(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:

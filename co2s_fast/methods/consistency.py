@@ -36,6 +36,9 @@ class ConsistencyConfig(MethodConfig):
 
     Attributes:
         threshold: τ, the least confidence of a pseudo-label that is learnt from.
+        teacher: who labels a student's unlabelled pixels: "student", itself, as the paper has it;
+            or "average", the average of its weights (`train.ema`), at the price of one more pass
+            of the weak view: a mean teacher (Tarvainen & Valpola, NeurIPS 2017).
         s1_weight: factor of the first strong view's term in the loss; further views likewise.
         cutmix_shards: CutMix partners stay inside each of this many equal shards of the batch. With
             more processes than shards, they stay inside each process's share, and with
@@ -57,6 +60,7 @@ class ConsistencyConfig(MethodConfig):
     """
 
     threshold: float = Field(default=0.95, ge=0, le=1)
+    teacher: Literal["student", "average"] = "student"
     s1_weight: float = Field(default=0.5, ge=0)
     cutmix_shards: int = Field(default=1, ge=1)
     cutmix_partner: Literal["batch", "same-image"] = "batch"
@@ -121,7 +125,8 @@ class ConsistencyMethod(Method):
         ramp = cosine_ramp(step, total_steps, 1.0, self.config.consistency_ramp)
         for name, views in logits.items():
             self.add_supervised(terms, name, views["x"], batch.y)
-            confidence, label = self.label_weak_views(name, views["w"], batch, ramp)
+            weak = views["w"] if self.config.teacher == "student" else self.taught(name, batch)
+            confidence, label = self.label_weak_views(name, weak, batch, ramp)
             maps = [label, confidence, batch.ignore]
             of_mates = None if mates is None else self.pseudo_labels(name, mates)
             for view in self.strong:
@@ -140,8 +145,9 @@ class ConsistencyMethod(Method):
     def label_weak_views(
         self, name: str, weak: Tensor, batch: Batch, ramp: float
     ) -> tuple[Tensor, Tensor]:
-        """Confidence and label of every unlabelled pixel, [B, H, W], as student `name` says.
+        """Confidence and label of every unlabelled pixel, [B, H, W], for student `name`.
 
+        `weak` are the logits of the weak views, its own or its teacher's.
         `ramp` is the share of their weight that the strong views have at this step.
         """
         if name in self.alignment:
@@ -192,10 +198,15 @@ class ConsistencyMethod(Method):
 
         In training mode; that of evaluation, as released, differs only where dropout was asked for.
         """
-        student = self.students[name]
-        logits = student.decode(student.features(batch.w))
-        confidence, label = pseudo_labels_of(logits, batch.w)
+        confidence, label = pseudo_labels_of(self.taught(name, batch), batch.w)
         return [label, confidence, batch.ignore]
+
+    @torch.no_grad()
+    def taught(self, name: str, batch: Batch) -> Tensor:
+        """Logits of a batch's weak views by the teacher of student `name`."""
+        among = self.students if self.config.teacher == "student" else self.averages
+        teacher = among[name]
+        return teacher.decode(teacher.features(batch.w))
 
     def partners(self, local: int, device: torch.device) -> Tensor:
         """The image each image's box is taken from: the next one in its shard, cyclically.

@@ -36,7 +36,8 @@ def plain_co2s_losses(
     """
     config = method.config
     for option, plain in (("distribution_alignment", 0), ("class_thresholds", 0),
-                          ("mean_shards", 1), ("cutmix_partner", "batch")):  # fmt: skip
+                          ("mean_shards", 1), ("cutmix_partner", "batch"),
+                          ("teacher", "student")):  # fmt: skip
         if getattr(config, option) != plain:
             raise ValueError(f"the plain step needs {option}={plain!r}")
     size = batch.w.shape[-2:]

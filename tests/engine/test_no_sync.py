@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from co2s_fast.data import Batch
+from co2s_fast.engine.averages import Averages
 from co2s_fast.engine.meter import FiniteGuard, Meter
 from co2s_fast.engine.trainer import Trainer
 from co2s_fast.methods import METHODS, get_method
@@ -60,12 +61,18 @@ class TrainerOfOneMethod(Trainer):
         self.optimizer = torch.optim.AdamW(groups, fused=fused)
         self.guard, self.meter = FiniteGuard(eager=False), Meter()
         self.autocast = contextlib.nullcontext()
+        self.averages = Averages(getattr(method, "students", {}), decay=0.9)
+        if self.averages.students:
+            method.take_averages(self.averages.students)
+
+
+CASES = [*((name, {}) for name in METHODS), ("co2s", {"teacher": "average"})]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", METHODS)
-def test_a_whole_step_without_values(name, accumulate):
-    method = make_method(name).to("meta")
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_a_whole_step_without_values(name, options, accumulate):
+    method = make_method(name, **options).to("meta")
     method.take_parts(accumulate)
     # fused AdamW has no kernel for meta
     trainer = TrainerOfOneMethod(method, fused=False, accumulate=accumulate)
@@ -131,9 +138,9 @@ def test_the_forward_on_a_pretended_gpu(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", METHODS)
-def test_cuda_counts_no_synchronisation(name):
-    trainer = TrainerOfOneMethod(make_method(name).cuda(), fused=True)
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_cuda_counts_no_synchronisation(name, options):
+    trainer = TrainerOfOneMethod(make_method(name, **options).cuda(), fused=True)
     batches = [make_batch("cuda") for _ in range(3)]
     trainer._make_step(batches[0])  # kernels are loaded and chosen, caches filled
     torch.cuda.synchronize()
