@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+
+from co2s_fast.engine.config import RunConfig
+from co2s_fast.engine.interrupt import Interrupted
+from co2s_fast.engine.trainer import Trainer, train
 
 SPEC = {
     "name": "stripes",
@@ -95,3 +100,23 @@ def run_content(stripes, tmp_path):
         }  # fmt: skip
 
     return build
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Start a run and stop it after so many steps, as SIGTERM does."""
+
+    def start(steps: int, config: RunConfig) -> None:
+        make_step = Trainer._make_step
+
+        def make_step_then(self, batch) -> None:
+            make_step(self, batch)
+            if self.step == steps:
+                self.stop.received = signal.SIGTERM
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_make_step", make_step_then)
+            with pytest.raises(Interrupted):
+                train(config, progress=False)
+
+    return start

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -14,10 +12,9 @@ from co2s_fast.engine import checkpoint
 from co2s_fast.engine.averages import Averages
 from co2s_fast.engine.config import RunConfig, load_config
 from co2s_fast.engine.evaluation import evaluate
-from co2s_fast.engine.interrupt import Interrupted
 from co2s_fast.engine.log import read_metrics
 from co2s_fast.engine.runs import checkpoint_folder, load_run
-from co2s_fast.engine.trainer import Trainer, train
+from co2s_fast.engine.trainer import train
 from co2s_fast.errors import UsageError
 
 
@@ -96,7 +93,7 @@ def test_averages_change_what_is_evaluated_and_not_what_is_trained(run_content, 
     assert "clip-average" not in checkpoint.read_state(checkpoint_folder(without, "last"))["files"]
 
 
-def test_a_run_taught_by_averages_is_resumed_exactly(run_content, tmp_path) -> None:
+def test_a_run_taught_by_averages_is_resumed_exactly(run_content, stop_after, tmp_path) -> None:
     content = run_content(ema=0.9)
     whole = train(config_of(content, teacher="average"), progress=False)
     own = config_of(content | {"out": str(tmp_path / "own")}, teacher="student")
@@ -104,19 +101,7 @@ def test_a_run_taught_by_averages_is_resumed_exactly(run_content, tmp_path) -> N
                      arrays(train(own, progress=False), "last", "clip"))  # fmt: skip
 
     cut = config_of(content | {"out": str(tmp_path / "cut")}, teacher="average")
-    halted = Trainer(cut, progress=False)
-    halted.set_up(resume=False)
-    halted.stop = SimpleNamespace(received=None)
-    made = halted._make_step
-
-    def stop_after_two(batch) -> None:
-        made(batch)
-        halted.stop.received = 15 if halted.step == 2 else None
-
-    halted._make_step = stop_after_two
-    with pytest.raises(Interrupted):
-        halted.run()
-    halted.close()
+    stop_after(2, cut)
     train(cut, resume=True, progress=False)
     for stem in ("clip", "ssm", "clip-average", "ssm-average", "optimizer"):
         assert equal(arrays(tmp_path / "cut", "last", stem), arrays(whole, "last", stem)), stem

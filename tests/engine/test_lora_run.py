@@ -13,12 +13,11 @@ from test_trainer import numbers, start
 from co2s_fast.cli import main
 from co2s_fast.engine import export_formats as formats
 from co2s_fast.engine.checkpoint import read_arrays, read_state
+from co2s_fast.engine.config import RunConfig
 from co2s_fast.engine.export import export_run
 from co2s_fast.engine.export_check import reference
-from co2s_fast.engine.interrupt import Interrupted
 from co2s_fast.engine.log import read_metrics
 from co2s_fast.engine.runs import bare_student, checkpoint_folder, load_run
-from co2s_fast.engine.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::co2s_fast.models.student.RandomBackboneWarning")
 LORA = {"trainable": "lora", "lora": {"rank": 2, "alpha": 4.0, "dropout": 0.1}}
@@ -43,7 +42,7 @@ def last(folder) -> dict[str, torch.Tensor]:
             for name, tensor in read_arrays(source, state, stem).items()}  # fmt: skip
 
 
-def test_stop_resume_evaluate_and_predict(content, stripes, tmp_path, monkeypatch, capsys) -> None:
+def test_stop_resume_evaluate_and_predict(content, stripes, tmp_path, stop_after, capsys) -> None:
     whole = start(content)
     printed = capsys.readouterr().err
     record = read_metrics(whole / "metrics.jsonl")
@@ -51,17 +50,7 @@ def test_stop_resume_evaluate_and_predict(content, stripes, tmp_path, monkeypatc
     assert f"{trained / 1e6:.2f} M parameters train" in printed
     assert record[1]["lr/clip/adapters"] == pytest.approx(1e-3) and "lr/clip/backbone" not in record
     broken = {**content, "out": str(tmp_path / "broken")}
-    make_step = Trainer._make_step
-
-    def stop_then(self, batch) -> None:
-        make_step(self, batch)
-        if self.step == 3:
-            self.stop.received = 15
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_make_step", stop_then)
-        with pytest.raises(Interrupted):
-            start(broken)
+    stop_after(3, RunConfig.model_validate(broken))
     folder = start(broken, resume=True)
     assert numbers(folder) == numbers(whole)
     first, second = last(whole), last(folder)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from co2s_fast.engine import trainer as trainer_module
 from co2s_fast.engine import window
 from co2s_fast.engine.config import RunConfig
 from co2s_fast.engine.log import read_metrics
@@ -27,7 +26,9 @@ def weights(folder):
     return [path.read_bytes() for path in files]
 
 
-def test_a_run_in_parts_is_logged_and_resumed_like_any_other(run_content, tmp_path) -> None:
+def test_a_run_in_parts_is_logged_and_resumed_like_any_other(
+    run_content, stop_after, tmp_path
+) -> None:
     content = run_content(accumulate=2)
     content["method"] |= {"distribution_alignment": 1.0, "class_thresholds": 1.0}
     folder = train(config_of(content), progress=False)
@@ -43,19 +44,7 @@ def test_a_run_in_parts_is_logged_and_resumed_like_any_other(run_content, tmp_pa
 
     content["train"]["accumulate"] = 2
     cut = config_of(content | {"out": str(tmp_path / "cut")})
-    halted = Trainer(cut, progress=False)
-    halted.set_up(resume=False)
-    halted.stop = SimpleNamespace(received=None)
-    made = halted._make_step
-
-    def stop_after_two(batch) -> None:
-        made(batch)
-        halted.stop.received = 15 if halted.step == 2 else None
-
-    halted._make_step = stop_after_two
-    with pytest.raises(trainer_module.Interrupted):
-        halted.run()
-    halted.close()
+    stop_after(2, cut)
     train(cut, resume=True, progress=False)
     assert weights(tmp_path / "cut") == weights(folder)
 
