@@ -266,7 +266,10 @@ def attention(run: Path, image: Path, out: Path, point: str | None, **options: A
 @click.argument("run", type=PATH)
 @one_line_errors
 def report(run: Path) -> None:
-    """Write RUN/report.html: curves, scores, confusion matrix and pictures in one file."""
+    """Write RUN/report.html: curves, scores, confusion matrix and pictures in one file.
+
+    The numbers of the curves are in RUN/metrics.csv.
+    """
     from co2s_fast.report import write_report
 
     click.echo(write_report(run))

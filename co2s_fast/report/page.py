@@ -15,6 +15,7 @@ from co2s_fast.engine.panels import DISAGREEMENT, UNLABELLED_COLOR, Panel
 from co2s_fast.report.figures import figures
 from co2s_fast.report.plots import color_of, data_uri
 from co2s_fast.report.run import SHORT_NAMES, STUDENT_NAMES, Run, read_run
+from co2s_fast.report.table import write_table
 from co2s_fast.version import __version__
 
 REPORT_FILE = "report.html"
@@ -22,7 +23,7 @@ PICTURE_SIDE = 384
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write RUN/report.html: one file, no outside resources, images inside.
+    """Write RUN/report.html: one file, no outside resources, images inside; and RUN/metrics.csv.
 
     Works on a run at any stage; what is missing is named on the page.
 
@@ -38,6 +39,7 @@ def write_report(run_folder: str | Path) -> Path:
     run = read_run(run_folder)
     path = run.folder / REPORT_FILE
     write_text(path, render("report.html.j2", **page(run)))
+    write_table(run)
     return path
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -7,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from invented import make_run
 
+from co2s_fast.engine.log import read_metrics
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.report import write_report
 
@@ -70,6 +72,22 @@ def test_numbers_are_those_of_the_evaluation(reported):
         assert f"{100 * student['miou']:.1f} % mIoU" in page.text
         assert f"{student['kappa']:.3f}" in page.text
         assert f"{100 * student['iou'][0]:.1f}" in page.text
+
+
+def test_the_table_has_a_row_for_every_step_of_the_log(reported):
+    with (reported / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    records = read_metrics(reported / "metrics.jsonl")
+    by_kind = {kind: {r["step"]: r for r in records if r["kind"] == kind}
+               for kind in ("train", "eval")}  # fmt: skip
+    steps = sorted(by_kind["train"].keys() | by_kind["eval"].keys())
+    assert [int(row["step"]) for row in rows] == steps and len(by_kind["eval"]) > 1
+    for row in rows:
+        train, evaluated = (by_kind[kind].get(int(row["step"])) for kind in by_kind)
+        found = row["loss/clip/total"], row["eval/students/both/miou"]
+        assert found == (str(train["loss/clip/total"]) if train else "",
+                         str(evaluated["students"]["both"]["miou"]) if evaluated else "")
+    assert "kind" not in rows[0] and "eval/pseudo/clip/coverage" in rows[0]
 
 
 def test_an_absent_class_is_na_and_said_to_be_left_out(reported):
