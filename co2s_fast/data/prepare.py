@@ -171,7 +171,7 @@ def _same(out: Path, record: dict) -> Prepared | None:
         found = json.loads((out / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if any(found.get(key) != value for key, value in record.items()):
+    if not isinstance(found, dict) or any(found.get(key) != value for key, value in record.items()):
         return None
     return Prepared(out, found["images"], found["tiles"], found["labeled"], found["pixels"], True)
 

@@ -103,18 +103,26 @@ def write_problem(folder: Path, error: Exception) -> str:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
+    """The JSON part of a checkpoint.
+
+    Raises:
+        DataError: there is none, or it is damaged or of another version.
+    """
     path = folder / STATE_FILE
     if not path.is_file():
         raise DataError(f"no checkpoint at {folder} (no {STATE_FILE} in it)")
     try:
         state = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text at all
         raise DataError(f"checkpoint {path} is damaged: {error}") from None
+    if not isinstance(state, dict):
+        raise DataError(f"checkpoint {path} is damaged: expected keys, found {state!r:.40}")
     if state.get("format") != FORMAT:
         raise DataError(
             f"checkpoint {path} has format {state.get('format')!r}; this version reads {FORMAT}"
         )
+    if not isinstance(state.get("files"), dict):
+        raise DataError(f"checkpoint {path} is damaged: it names no files")
     return state
 
 

@@ -24,15 +24,22 @@ def say(text: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """All records of a metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises:
+        DataError: another line is no record.
+    """
     records = []
-    for number, line in enumerate(lines := path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines := path.read_bytes().splitlines(), start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except ValueError as error:  # no JSON, or no text at all
             if number == len(lines):
                 break
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}: expected a record, found {record!r:.40}")
+        records.append(record)
     return records
 
 

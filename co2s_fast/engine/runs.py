@@ -42,8 +42,10 @@ def check_classes(state: dict[str, Any], spec: DatasetSpec, folder: Path) -> Non
     """A checkpoint must be of the same classes in the same order.
 
     Raises:
-        DataError: it is not.
+        DataError: it is not, or says nothing of them.
     """
+    if lacking := {"classes", "provenance", "step"} - state.keys():
+        raise DataError(f"checkpoint {folder} is damaged: without {', '.join(sorted(lacking))}")
     found = state["classes"]
     if found != spec.class_names:
         raise DataError(

@@ -53,6 +53,8 @@ def clip_description(model: str, overrides: dict[str, Any]) -> dict[str, Any]:
             found = json.loads(Path(model).read_text())
         except (OSError, ValueError) as error:
             raise DataError(f"model {model}: not a readable JSON file ({error})") from error
+        if not isinstance(found, dict):
+            raise DataError(f"model {model}: expected keys and values, found {found!r:.40}")
         found = found.get("model_cfg", found)
     else:
         found = open_clip.get_model_config(model)

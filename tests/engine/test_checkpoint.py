@@ -97,9 +97,11 @@ def test_damage_is_one_line(tmp_path) -> None:
     with pytest.raises(DataError, match="cannot be read") as caught:
         checkpoint.read_arrays(tmp_path, state, "clip")
     assert "\n" not in str(caught.value)
-    (tmp_path / "state.json").write_text("{")
-    with pytest.raises(DataError, match="is damaged"):
-        checkpoint.read_state(tmp_path)
+    for content, said in ((b"{", ""), (b"\xff{}", ""), (b"[1]", r"expected keys, found \[1\]"),
+                          (b'{"format": 1}', "it names no files")):
+        (tmp_path / "state.json").write_bytes(content)
+        with pytest.raises(DataError, match=f"state.json is damaged: {said}"):
+            checkpoint.read_state(tmp_path)
     (tmp_path / "state.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(DataError, match="has format 99; this version reads 1"):
         checkpoint.read_state(tmp_path)

@@ -167,10 +167,12 @@ def test_names_are_escaped(tmp_path):
         ("eval.json", "{", r"eval\.json is not JSON"),
         ("eval.json", "[]", r"eval\.json: expected an evaluation"),
         ("metrics.jsonl", "{\n{}\n", r"metrics\.jsonl, line 1: not JSON"),
+        ("metrics.jsonl", "{}\n\xff\n{}\n", r"metrics\.jsonl, line 2: not JSON"),
+        ("metrics.jsonl", "{}\n[3]\n", r"metrics\.jsonl, line 2: expected a record, found \[3\]"),
     ],
 )
 def test_damaged_files_are_named(run_folder, name, content, said):
-    (run_folder / name).write_text(content)
+    (run_folder / name).write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match=said):
         write_report(run_folder)
 
