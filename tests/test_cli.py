@@ -147,7 +147,10 @@ def test_a_whole_run(prepared: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_nothing(prepared: Path, tmp_path: Path) -> None:
-    assert train(prepared, tmp_path / "run", "--dry-run").exit_code == 0
+    result = train(prepared, tmp_path / "run", "--dry-run")
+    assert result.exit_code == 0
+    for said in ("co2s on ", "student ssm: ", "dry run: configuration and data are in order"):
+        assert said in result.output
     assert not (tmp_path / "run").exists()
 
 

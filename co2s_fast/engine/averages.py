@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from co2s_fast.engine.checkpoint import load_weights, read_arrays
 from co2s_fast.models import Student
@@ -17,7 +18,8 @@ class Averages:
     """Exponential moving averages of the students' weights (Tarvainen & Valpola, NeurIPS 2017).
 
     After step n an average keeps min(`decay`, n / (n + 1)) of itself, so that it is the plain mean
-    of a run's first steps. What is not trained, and buffers, are the students' own.
+    of a run's first steps. What is not trained, and buffers, are the students' own. (torch's
+    `AveragedModel` reads a counter off the device at every step, and has one decay.)
 
     Args:
         students: the students that train, on their device, not compiled.
@@ -43,7 +45,7 @@ class Averages:
             average = self.students[name]
             pairs = [pair for pair in zip(average.parameters(), student.parameters(), strict=True)
                      if pair[1].requires_grad]
-            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - keep)
+            get_ema_multi_avg_fn(keep)(*map(list, zip(*pairs, strict=True)), None)
             for mine, own in zip(average.buffers(), student.buffers(), strict=True):
                 mine.copy_(own, non_blocking=True)
 

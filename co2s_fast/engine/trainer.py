@@ -113,8 +113,12 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self.method.weigh_classes(self.class_weight)
-        if not dry_run:
-            self._setup_log(state)
+        if self.ranks.is_main:
+            record = self._announce()
+            if dry_run:
+                say("dry run: configuration and data are in order; nothing was trained")
+            else:
+                self._setup_log(record, state)
 
     def _setup_device(self) -> None:
         self.ranks, self.device, self.autocast = open_device(self.config.train)
@@ -195,15 +199,17 @@ class Trainer:
         except OSError as error:
             raise UsageError(f"run folder {self.folder}: {error.strerror or error}") from None
 
-    def _setup_log(self, state: dict[str, Any] | None) -> None:
-        if not self.ranks.is_main:
-            return
-        resumed = None if state is None else self.step
-        self.log = RunLog(self.folder, resumed, tensorboard=self.config.train.tensorboard)
+    def _announce(self) -> dict[str, Any]:
+        """Tell what will be trained on what; the record of it."""
         record = start.describe(self)
         for warning in record["warnings"]:
             say(f"warning: {warning}")
         say(start.headline(self, record))
+        return record
+
+    def _setup_log(self, record: dict[str, Any], state: dict[str, Any] | None) -> None:
+        resumed = None if state is None else self.step
+        self.log = RunLog(self.folder, resumed, tensorboard=self.config.train.tensorboard)
         if state is None:
             self.log.write({"kind": "start", **record})
         else:

@@ -125,7 +125,8 @@ class ConsistencyMethod(Method):
         ramp = cosine_ramp(step, total_steps, 1.0, self.config.consistency_ramp)
         for name, views in logits.items():
             self.add_supervised(terms, name, views["x"], batch.y)
-            weak = views["w"] if self.config.teacher == "student" else self.taught(name, batch)
+            own = self.config.teacher == "student"
+            weak = views["w"] if own else self.teacher_logits(name, batch)
             confidence, label = self.label_weak_views(name, weak, batch, ramp)
             maps = [label, confidence, batch.ignore]
             of_mates = None if mates is None else self.pseudo_labels(name, mates)
@@ -198,11 +199,11 @@ class ConsistencyMethod(Method):
 
         In training mode; that of evaluation, as released, differs only where dropout was asked for.
         """
-        confidence, label = pseudo_labels_of(self.taught(name, batch), batch.w)
+        confidence, label = pseudo_labels_of(self.teacher_logits(name, batch), batch.w)
         return [label, confidence, batch.ignore]
 
     @torch.no_grad()
-    def taught(self, name: str, batch: Batch) -> Tensor:
+    def teacher_logits(self, name: str, batch: Batch) -> Tensor:
         """Logits of a batch's weak views by the teacher of student `name`."""
         among = self.students if self.config.teacher == "student" else self.averages
         teacher = among[name]

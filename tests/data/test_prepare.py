@@ -134,6 +134,10 @@ def test_again_changes_nothing_and_another_description_is_refused(tmp_path):
     with pytest.raises(DataError, match="exists and was not prepared"):
         prepare(raw, out, other)
     assert prepare_dataset(other, raw, out, overwrite=True, progress=False).tiles == 24
+    for damaged in ("[1]", "{"):
+        (out / "prepared.json").write_text(damaged)
+        with pytest.raises(DataError, match="exists and was not prepared"):
+            prepare(raw, out, other)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     for overwrite in (False, True):  # what was not prepared is never replaced

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from co2s_fast.errors import UsageError
+from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models import StudentConfig, build_student, tiny_clip_config, tiny_ssm_config
+from co2s_fast.models.loading import clip_description
 
 TINY = [tiny_clip_config, tiny_ssm_config]
 
@@ -332,3 +333,13 @@ def test_full_size(backbone, classes):
         # timm stores query and value biases apart and no key bias at all.
         assert (decoder, len(tensors)) == (2_249_953, 60)
         assert attention == 12 * (4 * 768 * 768 + 3 * 768)
+
+
+@pytest.mark.parametrize(("content", "said"), [("[1]", r"expected keys and values, found \[1\]"),
+                                               ("{", "not a readable JSON file"),
+                                               ("{}", "with embed_dim, vision_cfg")])  # fmt: skip
+def test_descriptions_of_clip_models_that_are_none(tmp_path, content, said) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(content)
+    with pytest.raises((DataError, UsageError), match=said):
+        clip_description(str(path), {})
