@@ -8,6 +8,7 @@ rows, crowns, smoothness, outline and cast shadow.
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec, load_dataset
 from co2s_fast.data.files import save_image, save_label, write_description
+from co2s_fast.errors import DataError
 
 FIELD, WOODS, WATER, ROAD, ROOF, SOIL = range(6)
 SCENES, SIDE, TILE = 80, 256, 128
@@ -222,13 +224,29 @@ def generate_demo(root: Path, spec: DatasetSpec | None = None, *, seed: int = 0,
     """Write the demo dataset to `root`, in the layout of a prepared one, and return `root`.
 
     80 scenes of 256 x 256 become 320 tiles of 128 x 128; the last 16 scenes are for validation.
-    The same seed gives the same files. Written beside `root` and renamed when complete.
+    The same seed gives the same files. Written beside `root` and renamed when complete; where
+    another process does the same and is quicker, its files are left.
+
+    Raises:
+        DataError: `root` is there and not an empty folder.
     """
     spec = spec or load_dataset("demo")
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = root.with_name(f".{root.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise DataError(
+            f"{root}: expected no such folder, or an empty one, to generate {spec.name} in"
+        )
+    temporary = root.with_name(f".{root.name}.{os.getpid()}.partial")
+    try:
+        _write_scenes(temporary, spec, seed, scenes, progress)
+        _rename(temporary, root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return root
+
+
+def _write_scenes(folder: Path, spec: DatasetSpec, seed: int, scenes: int, progress: bool) -> None:
     bar = tqdm(range(scenes), desc=f"generating the {spec.name} dataset", unit="scene",
                disable=not progress)
     for number in bar:
@@ -236,11 +254,18 @@ def generate_demo(root: Path, spec: DatasetSpec | None = None, *, seed: int = 0,
         for y in range(0, SIDE, TILE):
             for x in range(0, SIDE, TILE):
                 part, name = np.s_[y : y + TILE, x : x + TILE], f"scene{number:02d}_{y}_{x}.png"
-                save_image(temporary / "images" / name, image[part])
-                save_label(temporary / "labels" / name, label[part], spec.palette)
-    write_description(temporary, spec)
-    if root.is_dir():
-        root.rmdir()  # an empty one; anything else is not ours to remove
-    temporary.rename(root)
-    return root
+                save_image(folder / "images" / name, image[part])
+                save_label(folder / "labels" / name, label[part], spec.palette)
+    write_description(folder, spec)
+
+
+def _rename(temporary: Path, root: Path) -> None:
+    """`temporary` becomes `root`, unless another process made that meanwhile."""
+    try:
+        if root.is_dir():
+            root.rmdir()  # an empty one
+        temporary.rename(root)
+    except OSError:
+        if not (root / "images").is_dir():
+            raise
 
