@@ -115,6 +115,17 @@ int32_t aligned_pixels(const PixelMaps& maps, int64_t height) {
   return aligned;
 }
 
+bool are_flat(const PixelMaps& maps, int64_t batch, int64_t height) {
+  const int64_t image = height * maps.width;
+  if (batch > std::numeric_limits<int32_t>::max() / image) return false;
+  for (const MapView& map : {maps.target, maps.confidence, maps.ignore_mask}) {
+    if (map.data == nullptr) continue;
+    if (map.stride_x != 1 || (height > 1 && map.stride_y != maps.width)) return false;
+    if ((batch > 1 && map.stride_b != image) || map.dtype == Dtype::kFloat64) return false;
+  }
+  return true;
+}
+
 bool has_vectors(const LogitsView& logits, int64_t length) {
   const int64_t bytes = length * item_size(logits.dtype);
   return length > 1 && logits.stride_x == 1 &&

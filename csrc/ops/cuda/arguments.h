@@ -51,6 +51,9 @@ void check_extent(const LogitsView& logits, int64_t height, int64_t width);
 // How many consecutive pixels of every given map may be read at once: a power of two.
 int32_t aligned_pixels(const PixelMaps& maps, int64_t height);
 
+// Whether every given map is contiguous, has fewer than 2^31 pixels and no float64 ones.
+bool are_flat(const PixelMaps& maps, int64_t batch, int64_t height);
+
 // Whether the logits of `length` consecutive pixels can be read at once.
 bool has_vectors(const LogitsView& logits, int64_t length);
 

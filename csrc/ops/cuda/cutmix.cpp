@@ -1,4 +1,6 @@
 // cutmix_ on CUDA tensors.
+#include <limits>
+
 #include "ops/cuda/arguments.h"
 
 namespace co2s::cuda {
@@ -12,6 +14,9 @@ void cutmix_(at::Tensor& images, const at::Tensor& boxes, const at::Tensor& part
   const Boxes checked = boxes_on_device(boxes, partner, images.size(0), images);
   if (images.numel() == 0) return;
   const at::Tensor planes = images.dim() == 3 ? images.unsqueeze(1) : images;
+  TORCH_CHECK_VALUE(planes.size(1) <= std::numeric_limits<int32_t>::max() / planes.size(3),
+                    "images: the CUDA kernels take fewer than 2^31 values a row, found ",
+                    images.sizes());
   // Where the boxes lie is known on the device alone, so there is room for whole images.
   const at::Tensor patches = at::empty(planes.sizes(), planes.options(), at::MemoryFormat::Contiguous);
   CutMixProblem problem{};

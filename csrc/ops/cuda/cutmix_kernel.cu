@@ -8,22 +8,24 @@ namespace {
 // A block is a row of one image. E: an unsigned type of the element's size.
 template <class E, bool Paste>
 __global__ void __launch_bounds__(kThreads) cutmix_copy(const CutMixProblem problem) {
-  const int64_t image = blockIdx.x / problem.height, y = blockIdx.x % problem.height;
+  const uint32_t height = static_cast<uint32_t>(problem.height);
+  const int64_t image = blockIdx.x / height, y = blockIdx.x % height;
   const Mix mix = load_mix(problem.mix, problem.batch, image);
   if (mix.partner == image || y < mix.box[1] || y >= mix.box[3]) return;
   const int64_t begin = mix.box[0] > 0 ? mix.box[0] : 0;
   const int64_t end = mix.box[2] < problem.width ? mix.box[2] : problem.width;
   if (end <= begin) return;
-  const int64_t columns = end - begin;
+  const uint32_t columns = static_cast<uint32_t>(end - begin);
+  const uint32_t channels = static_cast<uint32_t>(problem.channels);
   E* row = reinterpret_cast<E*>(problem.images) + (Paste ? image : mix.partner) * problem.stride_b +
            y * problem.stride_y;
   E* patch = reinterpret_cast<E*>(problem.patches) +
              (image * problem.height + y) * problem.channels * problem.width;
   // Neighbouring threads take neighbouring elements: columns, or channels where those are closer.
   const bool channels_first = problem.stride_x <= problem.stride_c || problem.channels == 1;
-  for (int64_t i = threadIdx.x; i < problem.channels * columns; i += kThreads) {
-    const int64_t slow = i / (channels_first ? columns : problem.channels);
-    const int64_t fast = i - slow * (channels_first ? columns : problem.channels);
+  const uint32_t inner = channels_first ? columns : channels;
+  for (uint32_t i = threadIdx.x; i < channels * columns; i += kThreads) {
+    const uint32_t slow = i / inner, fast = i - slow * inner;
     const int64_t c = channels_first ? slow : fast, x = begin + (channels_first ? fast : slow);
     E& element = row[c * problem.stride_c + x * problem.stride_x];
     if (Paste) {

@@ -34,6 +34,12 @@ template <class T> CO2S_HD Tap<T, int32_t> tap_at(const Axis<T>& axis, int32_t i
   return interpolation_tap<T, int32_t>(i, axis.in, axis.scale, axis.align_corners);
 }
 
+// The tap of pixel i, known to read `cell` and the next one.
+template <class T>
+CO2S_HD Tap<T, int32_t> tap_in_cell(const Axis<T>& axis, int32_t i, int32_t cell) {
+  return tap_from(interpolation_source(i, axis.scale, axis.align_corners), cell, axis.in);
+}
+
 // The first pixel that reads from `cell` on, `out` when there is none. index0 never falls along
 // the axis, whatever the rounding, so the search is exact.
 template <class T> CO2S_HD int32_t first_pixel(const Axis<T>& axis, int32_t cell) {
@@ -59,19 +65,20 @@ constexpr int kColumns = 32;      // of pixels in a block: a warp's width
 constexpr int kRowsPerThread = 8; // pixels below each other that one thread visits
 
 struct PixelBlocks {
-  int64_t a_row, an_image, all;
+  int32_t a_row, an_image; // 32 bits: a division of 64 takes a GPU as long as a pixel's softmax
+  int64_t all;
 };
 
 // Equal grids: `vectors` of pixels an image, one a thread.
 inline PixelBlocks equal_blocks(int64_t batch, int64_t vectors) {
   const int64_t an_image = ceil_div(vectors, kThreads);
-  return {0, an_image, batch * an_image};
+  return {0, static_cast<int32_t>(an_image), batch * an_image};
 }
 
 inline PixelBlocks column_blocks(int64_t batch, int64_t height, int64_t width) {
   const int64_t a_row = ceil_div(width, kColumns);
   const int64_t rows = ceil_div(height, (kThreads / kColumns) * kRowsPerThread);
-  return {a_row, a_row * rows, batch * a_row * rows};
+  return {static_cast<int32_t>(a_row), static_cast<int32_t>(a_row * rows), batch * a_row * rows};
 }
 
 // ---- backward: tiles of cells, each walked over the pixels that read them ---------------------
@@ -93,6 +100,7 @@ struct Tiles {
   int32_t down, across;        // tiles of an image
   int32_t threads;             // of a block
   int32_t chunks;              // of classes
+  bool one_pass;               // whether a tile has a thread for each column of pixels
 };
 
 struct Tile {
@@ -101,12 +109,12 @@ struct Tile {
   int64_t image;
 };
 
-CO2S_HD Tile tile_of_block(const Tiles& tiles, int32_t height, int32_t width, int64_t block) {
+CO2S_HD Tile tile_of_block(const Tiles& tiles, int32_t height, int32_t width, int32_t block) {
   Tile tile;
-  const int64_t across = block / tiles.across, down = across / tiles.down;
-  tile.column = static_cast<int32_t>(block % tiles.across) * tiles.columns;
-  tile.row = static_cast<int32_t>(across % tiles.down) * tiles.rows;
-  tile.chunk = static_cast<int32_t>(down % tiles.chunks);
+  const int32_t across = block / tiles.across, down = across / tiles.down;
+  tile.column = (block - across * tiles.across) * tiles.columns;
+  tile.row = (across - down * tiles.down) * tiles.rows;
+  tile.chunk = down % tiles.chunks;
   tile.image = down / tiles.chunks;
   tile.row_end = smaller(tile.row + tiles.rows, height);
   tile.column_end = smaller(tile.column + tiles.columns, width);
@@ -124,12 +132,19 @@ template <class T> inline int32_t widest_tile(const Axis<T>& x, int32_t columns)
   return widest;
 }
 
-// Shared memory of a block, in bytes: the column sums of one row of cells, the sums of the tile's
-// cells, the weights of the pixel columns, where each cell's columns begin.
+// Sums of columns in shared memory twice, so that those of a row of cells are read while the next
+// are made; once where that would be too much.
+constexpr int column_buffers(int values, size_t item) { return values * item <= 96 ? 2 : 1; }
+
+// Shared memory of a block, in bytes: the column sums of one row of cells or two, the sums of the
+// tile's cells where several passes add to them, the weights of the pixel columns, where each cell's
+// rows and columns of pixels begin.
 inline size_t tile_bytes(const Tiles& tiles, int classes, int gradients, size_t item) {
-  const size_t columns = static_cast<size_t>(classes) * gradients * tiles.threads;
-  const size_t cells = static_cast<size_t>(classes) * gradients * tiles.rows * tiles.columns;
-  return (columns + cells + 2 * tiles.threads) * item + (tiles.columns + 2) * sizeof(int32_t);
+  const size_t values = static_cast<size_t>(classes) * gradients;
+  const size_t columns = values * tiles.threads * column_buffers(classes * gradients, item);
+  const size_t cells = tiles.one_pass ? 0 : values * tiles.rows * tiles.columns;
+  return (columns + cells + 2 * tiles.threads) * item +
+         (tiles.rows + tiles.columns + 4) * sizeof(int32_t);
 }
 
 // `classes` are those a block handles, `gradients` how many gradients it makes. It depends on the
@@ -151,6 +166,7 @@ inline Tiles make_tiles(const Grid<T>& grid, int64_t batch, int64_t all_classes,
   const int64_t widest = widest_tile(x, tiles.columns);
   const int64_t threads = ceil_div(widest < 1 ? 1 : widest, 32) * 32;
   tiles.threads = static_cast<int32_t>(threads < kTileThreads ? threads : kTileThreads);
+  tiles.one_pass = widest <= tiles.threads;
   for (tiles.rows = 8; tiles.rows > 1; --tiles.rows) {
     tiles.down = static_cast<int32_t>(ceil_div(y.in, tiles.rows));
     const int64_t blocks = batch * tiles.chunks * tiles.down * tiles.across;

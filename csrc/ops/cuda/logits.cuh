@@ -79,8 +79,10 @@ template <class T>
 __device__ __forceinline__ VectorPosition vector_position(const Grid<T>& grid,
                                                           const PixelBlocks& blocks, int length) {
   VectorPosition at;
-  at.image = blockIdx.x / blocks.an_image;
-  const int64_t vector = (blockIdx.x - at.image * blocks.an_image) * kThreads + threadIdx.x;
+  const int32_t block = static_cast<int32_t>(blockIdx.x), image = block / blocks.an_image;
+  at.image = image;
+  const int64_t vector =
+      static_cast<int64_t>(block - image * blocks.an_image) * kThreads + threadIdx.x;
   at.inside = vector * length < static_cast<int64_t>(grid.y.out) * grid.x.out;
   at.pixel = at.inside ? static_cast<int32_t>(vector * length) : 0;
   at.y = at.pixel / grid.x.out;
@@ -174,11 +176,12 @@ template <class T>
 __device__ __forceinline__ ColumnPosition column_position(const Grid<T>& grid,
                                                           const PixelBlocks& blocks) {
   ColumnPosition at;
-  at.image = blockIdx.x / blocks.an_image;
-  const int64_t block = blockIdx.x - at.image * blocks.an_image;
-  const int64_t row = block / blocks.a_row;
-  at.x = static_cast<int32_t>(block - row * blocks.a_row) * kColumns + threadIdx.x;
-  at.y = (static_cast<int32_t>(row) * (kThreads / kColumns) + threadIdx.y) * kRowsPerThread;
+  const int32_t image = static_cast<int32_t>(blockIdx.x) / blocks.an_image;
+  const int32_t block = static_cast<int32_t>(blockIdx.x) - image * blocks.an_image;
+  const int32_t row = block / blocks.a_row;
+  at.image = image;
+  at.x = (block - row * blocks.a_row) * kColumns + static_cast<int32_t>(threadIdx.x);
+  at.y = (row * (kThreads / kColumns) + static_cast<int32_t>(threadIdx.y)) * kRowsPerThread;
   at.y_end = at.x < grid.x.out ? smaller(at.y + kRowsPerThread, grid.y.out) : at.y;
   return at;
 }
@@ -192,7 +195,7 @@ template <class S, int N> struct Column {
                                         const Tap<T, int32_t>& x, int32_t first, int32_t count) {
     const S* from = image_of<S>(logits, image) + first * logits.stride_k;
     left_ = from + x.index0 * logits.stride_x;
-    right_ = from + x.index1 * logits.stride_x;
+    right_ = x.index1 > x.index0 ? logits.stride_x : 0;
     weight_left_ = x.lower;
     weight_right_ = x.upper;
     stride_k_ = logits.stride_k;
@@ -217,29 +220,34 @@ template <class S, int N> struct Column {
 
   __device__ __forceinline__ void get(const Tap<T, int32_t>& y, T (&z)[N]) const {
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      z[k] = k < count_ ? blend(upper_[k], lower_[k], y.lower, y.upper) : minus_infinity<T>();
-    }
+    for (int k = 0; k < N; ++k) z[k] = blend(upper_[k], lower_[k], y.lower, y.upper);
+    if (count_ == N) return; // mostly; else a comparison for every class
+#pragma unroll
+    for (int k = 0; k < N; ++k) z[k] = k < count_ ? z[k] : minus_infinity<T>();
   }
 
 private:
+  // Two loops, because a comparison for every class costs as much as its arithmetic.
   __device__ __forceinline__ void load(int32_t row, T (&cells)[N]) const {
-    const int64_t offset = row * stride_y_;
+    const S *left = left_ + row * stride_y_, *right = left + right_;
+    if (count_ == N) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (k < count_) {
-        cells[k] = blend(static_cast<T>(left_[offset + k * stride_k_]),
-                         static_cast<T>(right_[offset + k * stride_k_]), weight_left_,
-                         weight_right_);
-      } else {
-        cells[k] = T(0);
+      for (int k = 0; k < N; ++k) cells[k] = cell(left[k * stride_k_], right[k * stride_k_]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        cells[k] = k < count_ ? cell(left[k * stride_k_], right[k * stride_k_]) : T(0);
       }
     }
   }
 
-  const S *left_, *right_;
+  __device__ __forceinline__ T cell(S left, S right) const {
+    return blend(static_cast<T>(left), static_cast<T>(right), weight_left_, weight_right_);
+  }
+
+  const S* left_;
   T weight_left_, weight_right_;
-  int64_t stride_k_, stride_y_;
+  int64_t right_, stride_k_, stride_y_; // right: from the left cell to the right one
   int32_t last_, count_, row_;
   T upper_[N], lower_[N];
 };

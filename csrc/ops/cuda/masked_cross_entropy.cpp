@@ -55,7 +55,9 @@ template <class T> Prepared<T> prepare(const Inputs& in) {
   maps.classes = problem.logits.classes;
   maps.width = static_cast<int32_t>(shape[2]);
   maps.threshold = in.threshold;
+  maps.float_threshold = static_cast<float>(in.threshold);
   maps.aligned = aligned_pixels(maps, shape[1]);
+  maps.flat = are_flat(maps, batch, shape[1]);
   if (in.class_weight) {
     const at::Tensor& weight = *in.class_weight;
     TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == maps.classes &&

@@ -38,27 +38,12 @@ __device__ __forceinline__ T exponentials_and_label(T (&z)[N], int32_t label, T*
   return sum_of(z, N);
 }
 
-template <class T, int N>
-__device__ __forceinline__ T pixel_loss(T (&z)[N], int32_t label, T weight) {
-  T shifted_label;
-  const T sum = exponentials_and_label(z, label, &shifted_label);
-  return cross_entropy(sum, shifted_label, weight);
-}
-
-template <class T, class Z>
-__device__ __forceinline__ T pixel_loss_in_a_pass(const Z& z, int32_t classes, int32_t label,
-                                                  T weight) {
-  T of_label;
-  const OnlineSoftmax<T> state = softmax_in_a_pass<T>(z, classes, label, &of_label);
-  return cross_entropy(state.sum, of_label - state.max, weight);
-}
-
-// Exponentials and their sum become the slope.
+// Exponentials and their sum become the slope: weight * (softmax_k - [k == label]).
 template <class T, int N>
 __device__ __forceinline__ void to_slope(T (&e)[N], T sum, int32_t label, T weight) {
-  const T scaled = weight / sum;
+  const T scaled = quotient(weight, sum);
 #pragma unroll
-  for (int k = 0; k < N; ++k) e[k] = cross_entropy_slope(e[k], scaled, k == label, weight);
+  for (int k = 0; k < N; ++k) e[k] = fma(e[k], scaled, k == label ? -weight : T(0));
 }
 
 // z becomes the slope.
@@ -68,13 +53,38 @@ __device__ __forceinline__ void pixel_slope(T (&z)[N], int32_t label, T weight) 
   to_slope(z, sum, label, weight);
 }
 
-// z becomes the slope; returns the loss.
+// The loss of a few dozen pixels, for which T is exact enough. Without class weights the logarithm is
+// that of the product of their Σ exp(z - max): logarithms cost more than all else of a pixel.
+template <class T> struct PixelLosses {
+  T total = 0, product = 1;
+
+  __device__ __forceinline__ void add(T sum, T shifted_label, const T* class_weight,
+                                      int32_t label) {
+    if (class_weight != nullptr) {
+      total += cross_entropy(sum, shifted_label, class_weight[label]);
+      return;
+    }
+    constexpr T kLarge = T(1e28); // times a sum, at most the number of classes, it is finite
+    total -= shifted_label;
+    product *= sum;
+    if (product > kLarge) {
+      total += log_positive(product);
+      product = T(1);
+    }
+  }
+
+  __device__ __forceinline__ T finished() const { return total + log_positive(product); }
+};
+
+// z becomes the slope; the loss is added where `own`.
 template <class T, int N>
-__device__ __forceinline__ T pixel_loss_and_slope(T (&z)[N], int32_t label, T weight) {
+__device__ __forceinline__ void pixel_loss_and_slope(const CrossEntropyProblem<T>& problem,
+                                                     T (&z)[N], int32_t label, bool own,
+                                                     PixelLosses<T>& losses) {
   T shifted_label;
   const T sum = exponentials_and_label(z, label, &shifted_label);
-  to_slope(z, sum, label, weight);
-  return cross_entropy(sum, shifted_label, weight);
+  if (own) losses.add(sum, shifted_label, problem.class_weight, label);
+  to_slope(z, sum, label, class_weight(problem, label));
 }
 
 // The slope of class k where `statistics` came from a pass before.
@@ -92,7 +102,7 @@ __device__ __forceinline__ CrossEntropyStatistics<T> statistics_in_a_pass(
   const OnlineSoftmax<T> state =
       softmax_in_a_pass<T>(z, static_cast<int32_t>(problem.logits.classes), label, &of_label);
   const T weight = slope_weight(problem, label, pixel);
-  return {state.max, weight / state.sum, weight, label};
+  return {state.max, quotient(weight, state.sum), weight, label};
 }
 
 } // namespace co2s::cuda

@@ -93,34 +93,33 @@ template <class S, int N, From Source> struct CrossEntropyBody {
     logits.start(problem.logits, image, tap, first_class, classes);
   }
 
-  __device__ __forceinline__ bool gradient(int32_t y, const Tap<T, int32_t>& tap, T (&g)[N]) {
+  __device__ __forceinline__ unsigned gradient(int32_t y, const Tap<T, int32_t>& tap, T (&g)[N]) {
     if constexpr (Source == From::kStatistics) {
       const CrossEntropyStatistics<T> statistics =
           problem.statistics[(group_image * problem.grid.y.out + y) * problem.grid.x.out + x];
-      if (statistics.label < 0) return false;
+      if (statistics.label < 0) return 0;
       logits.seek(tap.index0);
       logits.get(tap, g);
 #pragma unroll
       for (int k = 0; k < N; ++k) g[k] = slope_of_class(g[k], first_class + k, statistics);
     } else {
-      const PixelLabel pixel = labels.next(problem.maps, mix, image, y, x, problem.grid.y.out);
+      const int32_t label = labels.next(problem.maps, mix, image, y, x, problem.grid.y.out);
       const bool own = own_column && tap.index0 >= tile.row;
       if (Source == From::kLogitsWithLoss && own) {
-        sums.count[0] += pixel.valid;
-        sums.count[1] += pixel.label >= 0;
+        sums.count[0] += is_valid(label);
+        sums.count[1] += is_taken(label);
       }
-      if (pixel.label < 0) return false;
+      if (!is_taken(label)) return 0;
       logits.seek(tap.index0);
       logits.get(tap, g);
       if constexpr (Source == From::kLogitsWithLoss) {
-        const T loss = pixel_loss_and_slope(g, pixel.label, class_weight(problem, pixel.label));
-        if (own) own_loss += loss;
+        pixel_loss_and_slope(problem, g, label, own, losses);
       } else {
         const int64_t index = (image * problem.grid.y.out + y) * problem.grid.x.out + x;
-        pixel_slope(g, pixel.label, slope_weight(problem, pixel.label, index));
+        pixel_slope(g, label, slope_weight(problem, label, index));
       }
     }
-    return true;
+    return 1;
   }
 
   // The gradient that the forward saves is not rounded yet: it has still to be scaled.
@@ -142,7 +141,7 @@ template <class S, int N, From Source> struct CrossEntropyBody {
   int32_t x;
   bool own_column; // of two tiles that visit a pixel, the one with its cell index0 counts it
   ThreadSums<1> sums;
-  T own_loss = 0; // of a few dozen pixels: T is exact enough
+  PixelLosses<T> losses;
 };
 
 template <class S, int N, From Source>
@@ -152,7 +151,7 @@ __global__ void __launch_bounds__(kTileThreads, blocks_at_once(N))
   CrossEntropyBody<S, N, Source> body(problem, tile);
   transpose_tile<Wide<S>, 1, N>(problem.grid, tiles, tile, body.classes, body);
   if constexpr (Source == From::kLogitsWithLoss) {
-    body.sums.value[0] = body.own_loss;
+    body.sums.value[0] = body.losses.finished();
     store_partial(problem.partial, body.sums);
   }
 }

@@ -13,6 +13,38 @@ __device__ __forceinline__ void count_labels(const PixelLabel (&labels)[V], Thre
   }
 }
 
+// Σ exp(z - max) of a pixel and z_label - max.
+template <class T> struct LabelledSum {
+  T sum, shifted_label;
+};
+
+template <class T, int N>
+__device__ __forceinline__ LabelledSum<T> labelled_sum(T (&z)[N], int32_t label) {
+  LabelledSum<T> found;
+  found.sum = exponentials_and_label(z, label, &found.shifted_label);
+  return found;
+}
+
+template <class T, class Z>
+__device__ __forceinline__ LabelledSum<T> labelled_sum_in_a_pass(const Z& z, int32_t classes,
+                                                                 int32_t label) {
+  T of_label;
+  const OnlineSoftmax<T> state = softmax_in_a_pass<T>(z, classes, label, &of_label);
+  return {state.sum, of_label - state.max};
+}
+
+// A pixel's loss where a map is wanted; else it is added to the sum, and 0.
+template <class T>
+__device__ __forceinline__ T loss_or_add(const CrossEntropyProblem<T>& problem,
+                                         const LabelledSum<T>& found, int32_t label,
+                                         PixelLosses<T>& losses) {
+  if (problem.loss_map != nullptr) {
+    return cross_entropy(found.sum, found.shifted_label, class_weight(problem, label));
+  }
+  losses.add(found.sum, found.shifted_label, problem.class_weight, label);
+  return T(0);
+}
+
 template <class S, int N>
 __global__ void __launch_bounds__(kThreads)
     masked_cross_entropy_equal(const CrossEntropyProblem<Wide<S>> problem) {
@@ -24,6 +56,7 @@ __global__ void __launch_bounds__(kThreads)
     PixelLabel labels[V];
     read_pixels(problem.maps, at, labels);
     count_labels<T>(labels, sums);
+    PixelLosses<T> losses;
     T loss[V] = {};
     if (sums.count[1] > 0) {
       if constexpr (N > 0) {
@@ -34,16 +67,16 @@ __global__ void __launch_bounds__(kThreads)
           if (labels[v].label < 0) continue;
           T z[N];
           logits.get(v, z);
-          loss[v] = pixel_loss(z, labels[v].label, class_weight(problem, labels[v].label));
+          loss[v] = loss_or_add(problem, labelled_sum(z, labels[v].label), labels[v].label, losses);
         }
       } else {
-        loss[0] = pixel_loss_in_a_pass<T>(StridedLogits<S>(problem.logits, at.image, at.y, at.x),
-                                          static_cast<int32_t>(problem.logits.classes),
-                                          labels[0].label, class_weight(problem, labels[0].label));
+        const StridedLogits<S> z(problem.logits, at.image, at.y, at.x);
+        const auto found = labelled_sum_in_a_pass<T>(
+            z, static_cast<int32_t>(problem.logits.classes), labels[0].label);
+        loss[0] = loss_or_add(problem, found, labels[0].label, losses);
       }
+      sums.value[0] = losses.finished();
     }
-#pragma unroll
-    for (int v = 0; v < V; ++v) sums.value[0] += loss[v];
     if (problem.loss_map != nullptr) {
       const int64_t image = static_cast<int64_t>(problem.grid.y.out) * problem.grid.x.out;
       store_vector(problem.loss_map + at.image * image + at.pixel, loss);
@@ -66,30 +99,32 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (N > 0) column.start(problem.logits, at.image, x, 0, classes);
     LabelColumn labels;
     labels.start();
+    PixelLosses<T> losses;
     for (int32_t row = at.y; row < at.y_end; ++row) {
-      const PixelLabel pixel =
+      const int32_t label =
           labels.next(problem.maps, mix, at.image, row, at.x, problem.grid.y.out);
-      sums.count[0] += pixel.valid;
+      sums.count[0] += is_valid(label);
       T loss = 0;
-      if (pixel.label >= 0) {
+      if (is_taken(label)) {
         ++sums.count[1];
-        const T weight = class_weight(problem, pixel.label);
         const Tap<T, int32_t> y = tap_at(problem.grid.y, row);
+        LabelledSum<T> found;
         if constexpr (N > 0) {
           T z[N];
           column.seek(y.index0);
           column.get(y, z);
-          loss = pixel_loss(z, pixel.label, weight);
+          found = labelled_sum(z, label);
         } else {
-          loss = pixel_loss_in_a_pass<T>(BlendedLogits<S>(problem.logits, at.image, y, x), classes,
-                                         pixel.label, weight);
+          found = labelled_sum_in_a_pass<T>(BlendedLogits<S>(problem.logits, at.image, y, x),
+                                            classes, label);
         }
+        loss = loss_or_add(problem, found, label, losses);
       }
-      sums.value[0] += loss;
       if (problem.loss_map != nullptr) {
         problem.loss_map[(at.image * problem.grid.y.out + row) * problem.grid.x.out + at.x] = loss;
       }
     }
+    sums.value[0] = losses.finished();
   }
   store_partial(problem.partial, sums);
 }

@@ -7,8 +7,15 @@ namespace co2s::cuda {
 
 constexpr int kAhead = 4;
 
+// What a column keeps of a pixel: its class where it is taken, or kNotTaken where it is not valid,
+// or this where it is valid and not taken.
+constexpr int32_t kUnsure = -3;
+
+CO2S_HD bool is_valid(int32_t code) { return code != kNotTaken; }
+CO2S_HD bool is_taken(int32_t code) { return code >= 0; }
+
 // value[i] = map at offset[i]. One branch on the dtype, so that all reads are under way together.
-__device__ __forceinline__ void read_integers(const MapView& map, const int64_t (&offset)[kAhead],
+__device__ __forceinline__ void read_integers(const MapView& map, const int32_t (&offset)[kAhead],
                                               int64_t (&value)[kAhead]) {
   const auto read = [&](const auto* data) {
 #pragma unroll
@@ -21,117 +28,113 @@ __device__ __forceinline__ void read_integers(const MapView& map, const int64_t 
   }
 }
 
-__device__ __forceinline__ void are_sure(const PixelMaps& maps, const int64_t (&offset)[kAhead],
-                                         bool (&sure)[kAhead]) {
-  const auto compare = [&](const auto* data, auto threshold) {
+// Where flat maps hold the rows from `y` on of column `x`, below the last row that row again.
+__device__ __forceinline__ void rows_ahead(const PixelMaps& maps, int64_t image, int32_t y,
+                                           int32_t x, int32_t height, int32_t (&offset)[kAhead]) {
+  const int32_t first = static_cast<int32_t>(image) * height * maps.width + x;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) sure[i] = data[offset[i]] >= threshold;
-  };
-  if (maps.confidence.dtype == Dtype::kFloat64) {
-    compare(static_cast<const double*>(maps.confidence.data), maps.threshold);
-  } else {
-    compare(static_cast<const float*>(maps.confidence.data), static_cast<float>(maps.threshold));
-  }
+  for (int i = 0; i < kAhead; ++i) offset[i] = first + smaller(y + i, height - 1) * maps.width;
 }
 
-// The rows from `y` on of column `x`, below the last row that row again; through the box, each of
-// the image it is read from.
-struct RowsAhead {
-  int32_t row[kAhead];
-  bool inside[kAhead];
-
-  __device__ __forceinline__ RowsAhead(const Mix& mix, int32_t y, int32_t x, int32_t height) {
-    const bool in_columns = x >= mix.box[0] && x < mix.box[2];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      row[i] = smaller(y + i, height - 1);
-      inside[i] = in_columns && row[i] >= mix.box[1] && row[i] < mix.box[3];
-    }
-  }
-
-  __device__ __forceinline__ void offsets_in(const MapView& map, const Mix& mix, int64_t image,
-                                             int32_t x, int64_t (&offset)[kAhead]) const {
-    const int64_t own = image * map.stride_b + x * map.stride_x;
-    const int64_t other = mix.partner * map.stride_b + x * map.stride_x;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      offset[i] = (inside[i] ? other : own) + row[i] * map.stride_y;
-    }
-  }
-};
-
-// What has been read of a column and not yet been asked for. Shifted, since registers have no index.
-template <class Item> struct RowQueue {
-  Item ahead[kAhead];
-  int32_t left;
-
-  __device__ __forceinline__ void start() { left = 0; }
-
-  __device__ __forceinline__ Item take() {
-    const Item first = ahead[0];
-#pragma unroll
-    for (int i = 1; i < kAhead; ++i) ahead[i - 1] = ahead[i];
-    --left;
-    return first;
-  }
-};
-
 // The pixels that read_pixel finds, going down a column.
-struct LabelColumn : RowQueue<PixelLabel> {
-  // Of row `y`; `height` rows there are. Rows follow each other from the first call on.
-  __device__ __forceinline__ PixelLabel next(const PixelMaps& maps, const Mix& mix, int64_t image,
-                                             int32_t y, int32_t x, int32_t height) {
-    if (left == 0) {
-      read(maps, mix, image, y, x, height);
-      left = kAhead;
+class LabelColumn {
+public:
+  __device__ __forceinline__ void start() { left_ = 0; }
+
+  // The code of row `y`; `height` rows there are. Rows follow each other from the first call on.
+  __device__ __forceinline__ int32_t next(const PixelMaps& maps, const Mix& mix, int64_t image,
+                                          int32_t y, int32_t x, int32_t height) {
+    if (left_ == 0) {
+      if (maps.flat) {
+        read_flat(maps, mix, image, y, x, height);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const PixelLabel pixel = read_pixel(maps, mix, image, smaller(y + i, height - 1), x);
+          ahead_[i] = pixel.label >= 0 ? pixel.label : (pixel.valid ? kUnsure : kNotTaken);
+        }
+      }
+      left_ = kAhead;
     }
-    return take();
+    const int32_t code = ahead_[0];
+#pragma unroll
+    for (int i = 1; i < kAhead; ++i) ahead_[i - 1] = ahead_[i]; // registers have no index
+    --left_;
+    return code;
   }
 
 private:
-  __device__ __forceinline__ void read(const PixelMaps& maps, const Mix& mix, int64_t image,
-                                       int32_t y, int32_t x, int32_t height) {
-    const RowsAhead rows(mix, y, x, height);
-    int64_t offset[kAhead], target[kAhead], ignore[kAhead];
-    bool sure[kAhead];
-    rows.offsets_in(maps.target, mix, image, x, offset);
+  __device__ __forceinline__ void read_flat(const PixelMaps& maps, const Mix& mix, int64_t image,
+                                            int32_t y, int32_t x, int32_t height) {
+    int32_t offset[kAhead];
+    rows_ahead(maps, image, y, x, height, offset);
+    if (x >= mix.box[0] && x < mix.box[2]) {
+      const int32_t to_partner = static_cast<int32_t>(mix.partner - image) * height * maps.width;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int32_t row = smaller(y + i, height - 1);
+        offset[i] += row >= mix.box[1] && row < mix.box[3] ? to_partner : 0;
+      }
+    }
+    int64_t target[kAhead], ignore[kAhead];
+    float confidence[kAhead];
     read_integers(maps.target, offset, target);
-    if (maps.ignore_mask.data != nullptr) {
-      rows.offsets_in(maps.ignore_mask, mix, image, x, offset);
-      read_integers(maps.ignore_mask, offset, ignore);
-    }
+    if (maps.ignore_mask.data != nullptr) read_integers(maps.ignore_mask, offset, ignore);
     if (maps.confidence.data != nullptr) {
-      rows.offsets_in(maps.confidence, mix, image, x, offset);
-      are_sure(maps, offset, sure);
+      const auto* data = static_cast<const float*>(maps.confidence.data);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) confidence[i] = data[offset[i]];
     }
+    const auto classes = static_cast<uint64_t>(maps.classes);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int32_t label = checked_label(target[i], maps.classes, maps.ignore_index);
-      bool valid = label >= 0;
+      bool valid = static_cast<uint64_t>(target[i]) < classes && target[i] != maps.ignore_index;
       if (maps.ignore_mask.data != nullptr) valid = valid && ignore[i] != maps.ignore_index;
-      bool taken = valid;
-      if (maps.confidence.data != nullptr) taken = taken && sure[i];
-      ahead[i] = {taken ? label : kNotTaken, valid};
+      const bool sure = maps.confidence.data == nullptr || confidence[i] >= maps.float_threshold;
+      ahead_[i] = valid ? (sure ? static_cast<int32_t>(target[i]) : kUnsure) : kNotTaken;
     }
   }
+
+  int32_t ahead_[kAhead], left_;
 };
 
 // What is_unmasked says, going down a column.
-struct MaskColumn : RowQueue<bool> {
+class MaskColumn {
+public:
+  __device__ __forceinline__ void start() { left_ = 0; }
+
   __device__ __forceinline__ bool next(const PixelMaps& maps, int64_t image, int32_t y, int32_t x,
                                        int32_t height) {
     if (maps.ignore_mask.data == nullptr) return true;
-    if (left == 0) {
-      const Mix none{{0, 0, 0, 0}, image};
-      int64_t offset[kAhead], ignore[kAhead];
-      RowsAhead(none, y, x, height).offsets_in(maps.ignore_mask, none, image, x, offset);
-      read_integers(maps.ignore_mask, offset, ignore);
+    if (left_ == 0) {
+      unmasked_ = 0;
+      if (maps.flat) {
+        int32_t offset[kAhead];
+        int64_t ignore[kAhead];
+        rows_ahead(maps, image, y, x, height, offset);
+        read_integers(maps.ignore_mask, offset, ignore);
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) ahead[i] = ignore[i] != maps.ignore_index;
-      left = kAhead;
+        for (int i = 0; i < kAhead; ++i) {
+          unmasked_ |= static_cast<uint32_t>(ignore[i] != maps.ignore_index) << i;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const bool found = is_unmasked(maps, image, smaller(y + i, height - 1), x);
+          unmasked_ |= static_cast<uint32_t>(found) << i;
+        }
+      }
+      left_ = kAhead;
     }
-    return take();
+    const bool first = (unmasked_ & 1u) != 0;
+    unmasked_ >>= 1;
+    --left_;
+    return first;
   }
+
+private:
+  uint32_t unmasked_; // a bit a row
+  int32_t left_;
 };
 
 } // namespace co2s::cuda

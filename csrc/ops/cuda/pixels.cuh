@@ -47,8 +47,7 @@ __device__ __forceinline__ bool is_sure(const PixelMaps& maps, int64_t offset) {
   if (maps.confidence.dtype == Dtype::kFloat64) {
     return static_cast<const double*>(maps.confidence.data)[offset] >= maps.threshold;
   }
-  return static_cast<const float*>(maps.confidence.data)[offset] >=
-         static_cast<float>(maps.threshold);
+  return static_cast<const float*>(maps.confidence.data)[offset] >= maps.float_threshold;
 }
 
 // A class outside [0, K) does not count: looking for one would need a host synchronisation.
@@ -103,11 +102,10 @@ __device__ __forceinline__ void with_integers(const MapView& map, int64_t offset
 template <int V>
 __device__ __forceinline__ void apply_confidence(const PixelMaps& maps, int64_t offset,
                                                  PixelLabel (&labels)[V]) {
-  const float threshold = static_cast<float>(maps.threshold);
   const auto sure = read_pack<float, V>(maps.confidence, offset);
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    labels[v].label = sure.value[v] >= threshold ? labels[v].label : kNotTaken;
+    labels[v].label = sure.value[v] >= maps.float_threshold ? labels[v].label : kNotTaken;
   }
 }
 

@@ -14,9 +14,16 @@ __device__ __forceinline__ Prediction<T> predict(T sum, int32_t label) {
   return {confidence_of(sum), sum == sum ? label : 0}; // a NaN has no class: 0
 }
 
+// The label is the lowest class without distance to the maximum.
 template <class T, int N> __device__ __forceinline__ Prediction<T> predict(T (&z)[N]) {
-  const int32_t label = argmax<T, int32_t>(z, N);
-  return predict(exponentials(z, N), label);
+  subtract_max(z, N);
+  int32_t label = 0;
+#pragma unroll
+  for (int k = N - 1; k > 0; --k) label = z[k] == T(0) ? k : label;
+  label = z[0] == T(0) ? 0 : label;
+#pragma unroll
+  for (int k = 0; k < N; ++k) z[k] = exp_nonpositive(z[k]);
+  return predict(sum_of(z, N), label);
 }
 
 template <class T, class Z>

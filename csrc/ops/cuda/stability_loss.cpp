@@ -40,6 +40,7 @@ template <class T> StabilityProblem<T> prepare(const Inputs& in) {
   problem.maps.ignore_index = in.ignore_index;
   problem.maps.width = static_cast<int32_t>(in.width);
   problem.maps.aligned = aligned_pixels(problem.maps, in.height);
+  problem.maps.flat = are_flat(problem.maps, batch, in.height);
   problem.threshold = static_cast<T>(in.threshold);
   problem.grid = make_grid<T>(problem.logits[0].height, problem.logits[0].width, in.height,
                               in.width, in.align_corners);

@@ -5,10 +5,10 @@
 
 namespace co2s::cuda {
 
-// Which student learns, Σ_k (p_k - q_k)², and the means the slopes need. p, q: softmax of a, of b.
+// Which student learns, and Σ_k (p_k - q_k)². p, q: softmax of a, of b.
 template <class T> struct Comparison {
   bool a_learns = false, b_learns = false;
-  T squares = 0, mean_a = 0, mean_b = 0;
+  T squares = 0;
 };
 
 // What the passes after the first need of a pixel.
@@ -18,14 +18,6 @@ template <class T> struct alignas(8 * sizeof(T)) StabilityStatistics {
 };
 static_assert(sizeof(StabilityStatistics<float>) == kStabilityStatisticsItems * sizeof(float));
 static_assert(sizeof(StabilityStatistics<double>) == kStabilityStatisticsItems * sizeof(double));
-
-template <class T>
-__device__ __forceinline__ void add_class(Comparison<T>& found, T p, T q) {
-  const T difference = p - q;
-  found.squares += difference * difference;
-  found.mean_a += p * difference;
-  found.mean_b -= q * difference;
-}
 
 // Logits become probabilities where some student learns.
 template <class T, int N>
@@ -41,16 +33,16 @@ __device__ __forceinline__ Comparison<T> compare(T (&p)[N], T (&q)[N], T thresho
   for (int k = 0; k < N; ++k) {
     p[k] *= inverse_a;
     q[k] *= inverse_b;
-    add_class(found, p[k], q[k]);
+    found.squares = fma(p[k] - q[k], p[k] - q[k], found.squares);
   }
   return found;
 }
 
 // The pixel's share of the sums and counts.
-template <class T>
-__device__ __forceinline__ void add(ThreadSums<2>& sums, const Comparison<T>& found) {
-  if (found.a_learns) sums.value[0] += found.squares;
-  if (found.b_learns) sums.value[1] += found.squares;
+template <class Sums, class T>
+__device__ __forceinline__ void add(Sums& sums, const Comparison<T>& found) {
+  sums.value[0] += found.a_learns ? found.squares : T(0);
+  sums.value[1] += found.b_learns ? found.squares : T(0);
   sums.count[0] += found.a_learns;
   sums.count[1] += found.b_learns;
 }
@@ -67,29 +59,29 @@ __device__ __forceinline__ Comparison<T> compare_in_passes(const Z& a, const Z& 
   Comparison<T> found;
   found.a_learns = who.a;
   found.b_learns = who.b;
+  T mean_a = 0, mean_b = 0;
   if (who.a || who.b) {
 #pragma unroll 4
     for (int32_t k = 0; k < classes; ++k) {
-      add_class(found, exp_nonpositive(a(k) - state_a.max) * inverse_a,
-                exp_nonpositive(b(k) - state_b.max) * inverse_b);
+      const T p = exp_nonpositive(a(k) - state_a.max) * inverse_a;
+      const T q = exp_nonpositive(b(k) - state_b.max) * inverse_b;
+      found.squares = fma(p - q, p - q, found.squares);
+      mean_a = fma(p, p - q, mean_a);
+      mean_b = fma(q, q - p, mean_b);
     }
   }
-  *statistics = {state_a.max,  inverse_a,    state_b.max, inverse_b,
-                 found.mean_a, found.mean_b, who.a,       who.b};
+  *statistics = {state_a.max, inverse_a, state_b.max, inverse_b, mean_a, mean_b, who.a, who.b};
   return found;
 }
 
-// Probabilities become slopes, zero where a student does not learn.
+// The slopes of a learner with probabilities p that is taught by q.
 template <class T, int N>
-__device__ __forceinline__ void pair_slopes(T (&p)[N], T (&q)[N], const Comparison<T>& found,
-                                            const T (&scale)[2]) {
+__device__ __forceinline__ void learner_slopes(const T (&p)[N], const T (&q)[N], T scale, T* g) {
+  T mean_difference = 0;
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    const T a = found.a_learns ? scale[0] * stability_slope(p[k], p[k] - q[k], found.mean_a) : T(0);
-    const T b = found.b_learns ? scale[1] * stability_slope(q[k], q[k] - p[k], found.mean_b) : T(0);
-    p[k] = a;
-    q[k] = b;
-  }
+  for (int k = 0; k < N; ++k) mean_difference = fma(p[k], p[k] - q[k], mean_difference);
+#pragma unroll
+  for (int k = 0; k < N; ++k) g[k] = scale * stability_slope(p[k], p[k] - q[k], mean_difference);
 }
 
 // The slopes of one class, from its logits, where `statistics` came from a pass before.

@@ -33,9 +33,11 @@ __global__ void __launch_bounds__(kThreads)
         b.get(v, q);
         Comparison<T> found;
         if (unmasked[v]) found = compare(p, q, problem.threshold);
-        pair_slopes(p, q, found, scale);
-        a.put(v, p);
-        b.put(v, q);
+        T slope_a[N] = {}, slope_b[N] = {};
+        if (found.a_learns) learner_slopes(p, q, scale[0], slope_a);
+        if (found.b_learns) learner_slopes(q, p, scale[1], slope_b);
+        a.put(v, slope_a);
+        b.put(v, slope_b);
       }
     } else {
       a.clear();
@@ -117,31 +119,32 @@ template <class S, int N, From Source> struct StabilityBody {
     b.start(problem.logits[1], image, tap, first_class, classes);
   }
 
-  __device__ __forceinline__ bool gradient(int32_t y, const Tap<T, int32_t>& tap, T (&g)[2 * N]) {
+  __device__ __forceinline__ unsigned gradient(int32_t y, const Tap<T, int32_t>& tap,
+                                               T (&g)[2 * N]) {
     T p[N], q[N];
     if constexpr (Source == From::kStatistics) {
       const StabilityStatistics<T> statistics =
           problem.statistics[(group_image * problem.grid.y.out + y) * problem.grid.x.out + x];
-      if (!statistics.a_learns && !statistics.b_learns) return false;
+      if (!statistics.a_learns && !statistics.b_learns) return 0;
       read(tap, p, q);
 #pragma unroll
-      for (int k = 0; k < N; ++k) class_slopes(p[k], q[k], statistics, scale);
+      for (int k = 0; k < N; ++k) {
+        class_slopes(p[k], q[k], statistics, scale);
+        g[k] = p[k];
+        g[N + k] = q[k];
+      }
+      return 3;
     } else {
-      if (!mask.next(problem.maps, image, y, x, problem.grid.y.out)) return false;
+      if (!mask.next(problem.maps, image, y, x, problem.grid.y.out)) return 0;
       read(tap, p, q);
       const Comparison<T> found = compare(p, q, problem.threshold);
       if (Source == From::kLogitsWithLoss && own_column && tap.index0 >= tile.row) {
-        add(sums, found);
+        add(own, found);
       }
-      if (!found.a_learns && !found.b_learns) return false;
-      pair_slopes(p, q, found, scale);
+      if (found.a_learns) learner_slopes(p, q, scale[0], g);
+      if (found.b_learns) learner_slopes(q, p, scale[1], g + N);
+      return (found.a_learns ? 1u : 0u) | (found.b_learns ? 2u : 0u);
     }
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      g[k] = p[k];
-      g[N + k] = q[k];
-    }
-    return true;
   }
 
   __device__ __forceinline__ void read(const Tap<T, int32_t>& tap, T (&p)[N], T (&q)[N]) {
@@ -169,7 +172,10 @@ template <class S, int N, From Source> struct StabilityBody {
   Column<S, N> a, b;
   MaskColumn mask;
   bool own_column; // of two tiles that visit a pixel, the one with its cell index0 counts it
-  ThreadSums<2> sums;
+  struct {
+    T value[2] = {}; // of a few dozen pixels: T is exact enough
+    int32_t count[2] = {};
+  } own;
 };
 
 template <class S, int N, From Source>
@@ -178,7 +184,10 @@ __global__ void __launch_bounds__(kTileThreads)
   const Tile tile = tile_of_block(tiles, problem.grid.y.in, problem.grid.x.in, blockIdx.x);
   StabilityBody<S, N, Source> body(problem, tile);
   transpose_tile<Wide<S>, 2, N>(problem.grid, tiles, tile, body.classes, body);
-  if constexpr (Source == From::kLogitsWithLoss) store_partial(problem.partial, body.sums);
+  if constexpr (Source == From::kLogitsWithLoss) {
+    store_partial(problem.partial, ThreadSums<2>{{body.own.value[0], body.own.value[1]},
+                                                 {body.own.count[0], body.own.count[1]}});
+  }
 }
 
 template <class S, int N, From Source>

@@ -14,22 +14,25 @@ namespace co2s::cuda {
 // from them the loss as well.
 enum class From { kStatistics, kLogits, kLogitsWithLoss };
 
-template <class T> struct TileMemory {
-  T* columns;          // [gradients * classes, threads]: column sums of one row of cells
-  T* cells;            // [gradients * classes, rows, columns]: sums so far, where several
-                       // passes over the columns are needed
+template <class T, int Sums> struct TileMemory {
+  static constexpr int kBuffers = column_buffers(Sums, sizeof(T));
+
+  Pack<T, 2>* columns;  // [kBuffers, Sums / 2, threads]: column sums of one row of cells
+  T* cells;             // [Sums, rows, columns]: sums so far, where a tile takes several passes
   T *weight0, *weight1; // [threads]: of a column's pixels in the cells index0 and index0 + 1
-  int32_t* start;      // [columns + 2]: first pixel column of the interval before each cell
+  int32_t* column;      // [columns + 2]: first pixel column of the interval before each cell
+  int32_t* row;         // [rows + 2]: likewise
 };
 
-template <class T>
-__device__ __forceinline__ TileMemory<T> tile_memory(const Tiles& tiles, int classes) {
-  TileMemory<T> memory;
-  memory.columns = reinterpret_cast<T*>(dynamic_shared());
-  memory.cells = memory.columns + classes * tiles.threads;
-  memory.weight0 = memory.cells + classes * tiles.rows * tiles.columns;
+template <class T, int Sums>
+__device__ __forceinline__ TileMemory<T, Sums> tile_memory(const Tiles& tiles) {
+  TileMemory<T, Sums> memory;
+  memory.columns = reinterpret_cast<Pack<T, 2>*>(dynamic_shared());
+  memory.cells = reinterpret_cast<T*>(memory.columns + memory.kBuffers * Sums / 2 * tiles.threads);
+  memory.weight0 = memory.cells + (tiles.one_pass ? 0 : Sums * tiles.rows * tiles.columns);
   memory.weight1 = memory.weight0 + tiles.threads;
-  memory.start = reinterpret_cast<int32_t*>(memory.weight1 + tiles.threads);
+  memory.column = reinterpret_cast<int32_t*>(memory.weight1 + tiles.threads);
+  memory.row = memory.column + tiles.columns + 2;
   return memory;
 }
 
@@ -42,39 +45,53 @@ template <class T> CO2S_HD Tap<T, int32_t> folded(Tap<T, int32_t> tap) {
   return tap;
 }
 
-// Σ over the pixel columns of this pass that read cell `j` of the tile, in the order of the
-// columns: those between it and the cell before, then those between it and the next one.
-template <class T>
-__device__ __forceinline__ T sum_of_cell(const TileMemory<T>& memory, const T* columns, int32_t j,
-                                         int32_t begin, int32_t end) {
-  const auto inside = [&](int32_t x) { return x < begin ? begin : (x > end ? end : x); };
-  const int32_t first = inside(memory.start[j]), own = inside(memory.start[j + 1]);
-  const int32_t last = inside(memory.start[j + 2]);
-  T sum = T(0);
-  for (int32_t x = first; x < own; ++x) sum += memory.weight1[x - begin] * columns[x - begin];
-  for (int32_t x = own; x < last; ++x) sum += memory.weight0[x - begin] * columns[x - begin];
+// Two values, Σ over the pixel columns of this pass that read cell `j` of the tile, in the order of
+// the columns: those between it and the cell before, then those between it and the next one.
+template <class T, int Sums>
+__device__ __forceinline__ Pack<T, 2> sums_of_cell(const TileMemory<T, Sums>& memory,
+                                                   const Pack<T, 2>* columns, int32_t j,
+                                                   int32_t begin, int32_t end) {
+  const auto inside = [&](int32_t x) { return smaller(x < begin ? begin : x, end) - begin; };
+  const int32_t own = inside(memory.column[j + 1]), last = inside(memory.column[j + 2]);
+  Pack<T, 2> sum{{T(0), T(0)}};
+  const auto add = [&](int32_t x, const T* weights) {
+    const Pack<T, 2> value = columns[x];
+    const T weight = weights[x];
+    sum.value[0] = fma(weight, value.value[0], sum.value[0]);
+    sum.value[1] = fma(weight, value.value[1], sum.value[1]);
+  };
+  int32_t x = inside(memory.column[j]);
+#pragma unroll 4
+  for (; x < own; ++x) add(x, memory.weight1);
+#pragma unroll 4
+  for (; x < last; ++x) add(x, memory.weight0);
   return sum;
 }
 
 // Body makes the gradients of pixels:
 //   start(x, tap)             the thread's column of pixels; not called for idle threads
-//   gradient(y, tap, g)       d/d logits [Gradients][N] of one pixel; false where all are 0
+//   gradient(y, tap, g)       d/d logits [Gradients][N] of one pixel; returns a bit for each of the
+//                             Gradients, which is 0 where all of its values are, unset then
 //   store(gradient, k, i, j, value)  one finished value of cell (i, j)
 template <class T, int Gradients, int N, class Body>
 __device__ __forceinline__ void transpose_tile(const Grid<T>& grid, const Tiles& tiles,
                                                const Tile& tile, int32_t classes, Body& body) {
   constexpr int kSums = Gradients * N;
-  const TileMemory<T> memory = tile_memory<T>(tiles, kSums);
+  static_assert(N % 2 == 0, "classes meet in shared memory in pairs");
+  const auto memory = tile_memory<T, kSums>(tiles);
   const int32_t thread = threadIdx.x, threads = blockDim.x;
-  const int32_t width = tile.column_end - tile.column;
+  const int32_t width = tile.column_end - tile.column, height = tile.row_end - tile.row;
   for (int32_t i = thread; i < width + 2; i += threads) {
-    memory.start[i] = first_pixel(grid.x, tile.column - 1 + i);
+    memory.column[i] = first_pixel(grid.x, tile.column - 1 + i);
+  }
+  for (int32_t i = thread; i < height + 2; i += threads) {
+    memory.row[i] = first_pixel(grid.y, tile.row - 1 + i);
   }
   __syncthreads();
-  const int32_t first_row = first_pixel(grid.y, tile.row - 1);
-  const int32_t x_end = memory.start[width + 1];
-  int32_t begin = memory.start[0];
+  const int32_t x_end = memory.column[width + 1];
+  int32_t begin = memory.column[0];
   bool first_pass = true, last_pass = false;
+  int32_t buffer = 0;
   while (!last_pass) { // mostly one pass: the tile is as wide as the block
     const int32_t end = smaller(begin + threads, x_end), x = begin + thread;
     last_pass = end == x_end;
@@ -88,44 +105,60 @@ __device__ __forceinline__ void transpose_tile(const Grid<T>& grid, const Tiles&
     T upper[kSums], lower[kSums]; // of the thread's column, for cells `row` and `row + 1`
 #pragma unroll
     for (int i = 0; i < kSums; ++i) upper[i] = lower[i] = T(0);
-    int32_t y = first_row;
-    for (int32_t row = tile.row - 1; row < tile.row_end; ++row) {
-      for (; y < grid.y.out; ++y) {
-        const Tap<T, int32_t> tap = tap_at(grid.y, y);
-        if (tap.index0 != row) break;
+    int32_t y = memory.row[0];
+    for (int32_t i = 0; i <= height; ++i) {
+      const int32_t row = tile.row - 1 + i, y_end = memory.row[i + 1];
+      for (; y < y_end; ++y) {
+        const Tap<T, int32_t> tap = tap_in_cell(grid.y, y, row);
         T g[kSums];
-        if (active && body.gradient(y, tap, g)) {
-          const Tap<T, int32_t> weights = folded(tap);
+        const unsigned some = active ? body.gradient(y, tap, g) : 0u;
 #pragma unroll
-          for (int i = 0; i < kSums; ++i) {
-            upper[i] = fma(weights.lower, g[i], upper[i]);
-            lower[i] = fma(weights.upper, g[i], lower[i]);
+        for (int of = 0; of < Gradients; ++of) {
+          if ((some >> of & 1u) == 0u) continue;
+#pragma unroll
+          for (int k = of * N; k < (of + 1) * N; ++k) {
+            upper[k] = fma(tap.lower, g[k], upper[k]);
+            lower[k] = fma(tap.upper, g[k], lower[k]);
           }
         }
       }
-      if (row >= tile.row) {
-        __syncthreads(); // everyone has read the sums of the row before
+      if (row == grid.y.in - 1) { // there is no next cell: both weights are those of the last
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) memory.columns[i * threads + thread] = upper[i];
+        for (int k = 0; k < kSums; ++k) upper[k] += lower[k];
+      }
+      if (i > 0) {
+        Pack<T, 2>* const columns = memory.columns + buffer * (kSums / 2) * threads;
+        if (memory.kBuffers == 1) __syncthreads(); // everyone has read the sums of the row before
+#pragma unroll
+        for (int pair = 0; pair < kSums / 2; ++pair) {
+          columns[pair * threads + thread] = {{upper[2 * pair], upper[2 * pair + 1]}};
+        }
         __syncthreads();
-        for (int32_t i = thread; i < kSums * width; i += threads) {
-          const int32_t sums = i / width, j = i - sums * width;
-          const int32_t of = sums / N, k = sums - of * N;
-          if (k >= classes) continue;
-          T total = sum_of_cell(memory, memory.columns + sums * threads, j, begin, end);
-          T& so_far = memory.cells[(sums * tiles.rows + row - tile.row) * tiles.columns + j];
-          if (!first_pass) total += so_far;
-          if (last_pass) {
-            body.store(of, k, row, tile.column + j, total);
-          } else {
-            so_far = total;
+        buffer = memory.kBuffers - 1 - buffer;
+        int32_t pair = 0, j = thread;
+        for (; j >= width; j -= width) ++pair;
+        while (pair < kSums / 2) {
+          const Pack<T, 2> found =
+              sums_of_cell(memory, columns + pair * threads, j, begin, end);
+#pragma unroll
+          for (int v = 0; v < 2; ++v) {
+            const int32_t value = 2 * pair + v, of = value / N, k = value - of * N;
+            if (k >= classes) continue;
+            T total = found.value[v];
+            if (!tiles.one_pass) {
+              T& so_far = memory.cells[(value * tiles.rows + i - 1) * tiles.columns + j];
+              if (!first_pass) total += so_far;
+              so_far = total;
+            }
+            if (last_pass) body.store(of, k, row, tile.column + j, total);
           }
+          for (j += threads; j >= width; j -= width) ++pair;
         }
       }
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        upper[i] = lower[i];
-        lower[i] = T(0);
+      for (int k = 0; k < kSums; ++k) {
+        upper[k] = lower[k];
+        lower[k] = T(0);
       }
     }
     __syncthreads(); // before the next pass overwrites the weights
