@@ -27,8 +27,8 @@ LANES = 128  # intervals a program
 GPU_PROGRAMS = 1024  # wanted at least: several for each multiprocessor of a large GPU
 CPU_PROGRAMS = 1  # the interpreter runs one program after the other
 # Of what upsampled logits would take, whose absence is the point: at most so much for the corner
-# sums (at four times the grid they are just that) and for other scratch.
-PARTIAL_SHARE, PIXEL_SHARE = 1 / 4, 1 / 16
+# sums (at four times the grid, those of half a batch) and for other scratch.
+PARTIAL_SHARE, PIXEL_SHARE = 1 / 8, 1 / 16
 _CELLS = 1024
 
 

@@ -253,6 +253,7 @@ def launch_interval_backward(
             STATISTICS=statistics, WIDE=wide, num_warps=WARPS,
         )  # fmt: skip
         launch_gather_corners(partial, grads)
+        del partial, pixels, shift, inverse, scale, label  # before the next group's are made
 
 
 def masked_cross_entropy_backward(

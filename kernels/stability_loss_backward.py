@@ -340,6 +340,7 @@ def launch_intervals(
                 STATISTICS=with_statistics, WIDE=options["WIDE"], num_warps=WARPS, **UNFUSED,
             )  # fmt: skip
             launch_gather_corners(partial, part)
+            del partial  # before the next one is made
 
 
 def stability_loss_backward(

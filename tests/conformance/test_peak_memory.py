@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,82 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         return result
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all memory that was taken inside the block and lives on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.views: Counter[int] = Counter()  # tensors on each piece of memory
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {self._memory(t) for t in tree_leaves((args, kwargs)) if self._memory(t)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            memory = self._memory(tensor)
+            if memory is None or (memory in before and memory not in self.views):
+                continue  # nothing, or memory of the arguments
+            size = tensor.untyped_storage().nbytes()
+            self.views[memory] += 1
+            if self.views[memory] == 1:
+                self.now += size
+                self.peak = max(self.peak, self.now)
+            weakref.finalize(tensor, self._forget, memory, size)
+        return result
+
+    @staticmethod
+    def _memory(value: object) -> int | None:
+        if not isinstance(value, torch.Tensor) or not value.untyped_storage().nbytes():
+            return None
+        return value.untyped_storage().data_ptr()
+
+    def _forget(self, memory: int, size: int) -> None:
+        self.views[memory] -= 1
+        if not self.views[memory]:
+            del self.views[memory]
+            self.now -= size
+
+
+class NoKernel:
+    """Stands in for a Triton kernel, whose interpreter makes tensors of its own."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
+@pytest.mark.parametrize("classes", [8, 32], ids=["one_pass", "statistics"])
+def test_scratch_of_triton_backwards_is_a_share(classes, monkeypatch):
+    """What the launchers allocate, for as many programs as on a GPU."""
+    if not backend_status()["triton"].live:
+        pytest.skip(backend_status()["triton"].why)
+    from co2s_fast.kernels import (
+        corner_sums,
+        masked_cross_entropy_backward,
+        stability_loss_backward,
+    )
+
+    monkeypatch.setattr(corner_sums, "CPU_PROGRAMS", corner_sums.GPU_PROGRAMS)
+    for module in (corner_sums, masked_cross_entropy_backward, stability_loss_backward):
+        for name in filter(lambda name: name.endswith("_kernel"), dir(module)):
+            monkeypatch.setattr(module, name, NoKernel())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    grid, side = 16, 64
+    a, b = (torch.randn(4, classes, grid, grid, device=device) * 4 for _ in range(2))
+    label = torch.zeros(4, side, side, dtype=torch.uint8, device=device)
+    one, two = torch.ones((), device=device), torch.ones(2, device=device)
+    calls = {
+        "masked_cross_entropy_backward":
+            (one, a, label, None, 0.5, None, 255, None, None, None, False, False, one),
+        "stability_loss_backward": (two, a, b, 0.1, side, side, None, 255, False, True, True, a, a),
+    }  # fmt: skip
+    for name, arguments in calls.items():
+        with LiveBytes() as seen:
+            gradients = implementation(name, "triton")(*arguments)
+        kept = sum(t.nbytes for t in tree_leaves(gradients))
+        share = (seen.peak - kept) / (4 * side**2 * 4 * classes)
+        assert 0 < share < 0.25, f"{name}: {share:.2f} of upsampled logits"
 
 
 @pytest.mark.parametrize("classes", [12, 20], ids=["one_pass", "statistics"])
