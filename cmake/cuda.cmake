@@ -7,8 +7,8 @@ if(NOT CO2S_WITH_CUDA)
   return()
 endif()
 
-if(CMAKE_VERSION VERSION_LESS 3.25)
-  message(FATAL_ERROR "CO2S_WITH_CUDA: C++20 in CUDA needs CMake 3.25, found ${CMAKE_VERSION}; "
+if(CMAKE_VERSION VERSION_LESS 3.25.2)
+  message(FATAL_ERROR "CO2S_WITH_CUDA: C++20 in CUDA needs CMake 3.25.2, found ${CMAKE_VERSION}; "
     "run: pip install cmake")
 endif()
 if(TORCH_CUDA STREQUAL "-")
