@@ -25,7 +25,7 @@ from .launch import (
 from .masked_cross_entropy_backward import masked_cross_entropy_backward
 from .pixel_labels import load_box, read_pixels
 from .pixel_math import online_softmax, pixel_stencil, split_program
-from .sums import launch_sum_partials
+from .sums import launch_mean_of_partials, launch_sum_partials
 
 __all__ = ["masked_cross_entropy", "masked_cross_entropy_backward"]
 
@@ -88,8 +88,8 @@ def masked_cross_entropy(
     logits: Tensor, target: Tensor, confidence: Tensor | None, threshold: float,
     ignore_mask: Tensor | None, ignore_index: int, class_weight: Tensor | None,
     boxes: Tensor | None, partner: Tensor | None, per_pixel: bool, align_corners: bool,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with_grad: bool, mean_over: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sum (or map) of cross-entropy over valid and confident pixels.
 
     Args:
@@ -105,9 +105,11 @@ def masked_cross_entropy(
         per_pixel: return a map instead of the sum.
         align_corners: as in `F.interpolate`.
         with_grad: not used: the backward recomputes.
+        mean_over: which count divides the sum, 0 or 1; -1: none.
 
     Returns:
-        loss float32, [] or [B,H,W]; counts int64 [2] = (valid, taken); an empty float32 tensor.
+        loss float32, [] or [B,H,W]; counts int64 [2] = (valid, taken); an empty float32 tensor; one
+        over the divisor, float32 [], or empty.
 
     Raises:
         TypeError: another dtype of logits.
@@ -120,7 +122,8 @@ def masked_cross_entropy(
     saved = logits.new_empty(0, dtype=torch.float32)
     if target.numel() == 0:
         loss = loss_map if per_pixel else logits.new_zeros((), dtype=torch.float32)
-        return loss, logits.new_zeros(2, dtype=torch.int64), saved
+        scale = saved if mean_over < 0 else logits.new_ones((), dtype=torch.float32)
+        return loss, logits.new_zeros(2, dtype=torch.int64), saved, scale
     grid = resampling(logits, height, width, align_corners)
     block_k, p = pixel_tile(num_classes, logits.element_size(), grid.resample)
     tiles = triton.cdiv(height * width, p)
@@ -141,5 +144,8 @@ def masked_cross_entropy(
             WIDE=is_wide(logits, target, confidence, ignore_mask), PER_PIXEL=per_pixel,
             num_warps=WARPS,
         )  # fmt: skip
+        if mean_over >= 0:
+            mean, totals, scale = launch_mean_of_partials(values, counts, mean_over)
+            return mean, totals, saved, scale
         sums, totals = launch_sum_partials(values, counts)
-    return (loss_map if per_pixel else sums.view(())), totals, saved
+    return (loss_map if per_pixel else sums.view(())), totals, saved, saved

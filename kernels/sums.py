@@ -14,31 +14,50 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _sum_partials_kernel(
-    values_ptr, counts_ptr, sums_ptr, totals_ptr, programs,
-    VALUES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program a row of `values` [VALUES, programs] or `counts` [COUNTS, programs].
+def _row_sum(ptr, programs, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of `programs` values from `ptr` on.
 
     The order of additions depends on `programs` alone, hence the same bits every run; float64
     costs nothing here and keeps a sum over millions of pixels exact to float32.
     """
-    row = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], DTYPE)
+    for start in range(0, programs, BLOCK):
+        index = start + lane
+        total += tl.load(ptr + index, mask=index < programs, other=0).to(DTYPE)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    values_ptr, counts_ptr, sums_ptr, totals_ptr, programs,
+    VALUES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row of `values` [VALUES, programs] or `counts` [COUNTS, programs]."""
+    row = tl.program_id(0)
     if row < VALUES:
-        total = tl.zeros([BLOCK], tl.float64)
-        for start in range(0, programs, BLOCK):
-            index = start + lane
-            part = tl.load(values_ptr + row * programs + index, mask=index < programs, other=0.0)
-            total += part.to(tl.float64)
-        tl.store(sums_ptr + row, tl.sum(total, 0).to(tl.float32))
+        total = _row_sum(values_ptr + row * programs, programs, tl.float64, BLOCK)
+        tl.store(sums_ptr + row, total.to(tl.float32))
     else:
-        count = tl.zeros([BLOCK], tl.int64)
-        for start in range(0, programs, BLOCK):
-            index = start + lane
-            offset = (row - VALUES) * programs + index
-            count += tl.load(counts_ptr + offset, mask=index < programs, other=0).to(tl.int64)
-        tl.store(totals_ptr + row - VALUES, tl.sum(count, 0))
+        count = _row_sum(counts_ptr + (row - VALUES) * programs, programs, tl.int64, BLOCK)
+        tl.store(totals_ptr + row - VALUES, count)
+
+
+@triton.jit
+def _mean_of_partials_kernel(
+    values_ptr, counts_ptr, mean_ptr, scale_ptr, totals_ptr, programs,
+    MEAN_OVER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: both counts, and the sum over count MEAN_OVER, or over 1 where that is 0."""
+    first = _row_sum(counts_ptr, programs, tl.int64, BLOCK)
+    second = _row_sum(counts_ptr + programs, programs, tl.int64, BLOCK)
+    tl.store(totals_ptr, first)
+    tl.store(totals_ptr + 1, second)
+    count = first if MEAN_OVER == 0 else second
+    divisor = tl.maximum(count, 1).to(tl.float64)
+    total = _row_sum(values_ptr, programs, tl.float64, BLOCK)
+    tl.store(mean_ptr, (total / divisor).to(tl.float32))
+    tl.store(scale_ptr, (1.0 / divisor).to(tl.float32))
 
 
 def launch_sum_partials(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,3 +77,25 @@ def launch_sum_partials(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]
         values, counts, sums, totals, programs, VALUES=rows, BLOCK=_BLOCK, num_warps=WARPS
     )
     return sums, totals
+
+
+def launch_mean_of_partials(
+    values: Tensor, counts: Tensor, mean_over: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the partials over one of their counts, at least 1.
+
+    Args:
+        values: float32 [1, programs], contiguous.
+        counts: int32 [2, programs], contiguous.
+        mean_over: which count divides, 0 or 1.
+
+    Returns:
+        float32 [] mean, int64 [2] counts, float32 [] one over the divisor.
+    """
+    mean, scale = (torch.empty((), dtype=torch.float32, device=values.device) for _ in range(2))
+    totals = torch.empty(2, dtype=torch.int64, device=values.device)
+    _mean_of_partials_kernel[(1,)](
+        values, counts, mean, scale, totals, values.shape[1], MEAN_OVER=mean_over, BLOCK=_BLOCK,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return mean, totals, scale

@@ -17,6 +17,7 @@ from co2s_fast.losses._checks import (
 from co2s_fast.losses.cutmix import CutMix
 
 REDUCTIONS = ("valid", "confident", "sum", "none")
+MEAN_OVER = {"valid": 0, "confident": 1}  # which of the counts divides the sum
 
 
 def masked_cross_entropy(
@@ -73,13 +74,11 @@ def masked_cross_entropy(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    loss, counts = _terms(
+    loss, _counts = _terms(
         logits, target, confidence, threshold, ignore_mask, ignore_index, class_weight, cutmix,
-        reduction == "none", align_corners,
+        reduction, align_corners,
     )  # fmt: skip
-    if reduction in ("none", "sum"):
-        return loss
-    return loss / counts[0 if reduction == "valid" else 1].clamp(min=1)
+    return loss
 
 
 def masked_cross_entropy_terms(
@@ -118,7 +117,7 @@ def masked_cross_entropy_terms(
     """
     loss, counts = _terms(
         logits, target, confidence, threshold, ignore_mask, ignore_index, class_weight, cutmix,
-        False, align_corners,
+        "sum", align_corners,
     )  # fmt: skip
     return loss, counts[0], counts[1]
 
@@ -132,10 +131,10 @@ def _terms(
     ignore_index: int,
     class_weight: Tensor | None,
     cutmix: CutMix | None,
-    per_pixel: bool,
+    reduction: str,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Checked arguments into the op: (sum or map, counts)."""
+    """Checked arguments into the op: (loss, counts)."""
     check_logits("logits", logits)
     check_map("target", target, logits, None, "integer")
     size = target.shape[1:]
@@ -164,8 +163,8 @@ def _terms(
     # On equal grids a saved gradient is as large as the logits: recomputing it moves fewer bytes.
     small = logits.shape[2:] != target.shape[1:]
     with_grad = logits.requires_grad and torch.is_grad_enabled() and small
-    loss, counts, _saved = torch.ops.co2s.masked_cross_entropy(
+    loss, counts, _saved, _scale = torch.ops.co2s.masked_cross_entropy(
         logits, target, confidence, float(threshold), ignore_mask, ignore_index, class_weight,
-        boxes, partner, per_pixel, align_corners, with_grad,
+        boxes, partner, reduction == "none", align_corners, with_grad, MEAN_OVER.get(reduction, -1),
     )  # fmt: skip
     return loss, counts

@@ -27,11 +27,15 @@ SCHEMAS: dict[str, str] = {
         "(Tensor logits, int height, int width, bool align_corners, ScalarType label_dtype=long)"
         " -> (Tensor, Tensor)"
     ),
-    # -> sum over the pixels taken (or [B,H,W] map), counts int64 [2] = (valid, taken),
+    # -> sum over the pixels taken (or [B,H,W] map), over max(counts[mean_over], 1) unless mean_over
+    #    is -1; counts int64 [2] = (valid, taken);
     #    saved: d(sum)/d(logits) when with_grad and not per_pixel (on a GPU: where `saved_like`
-    #    says so), else empty
-    "masked_cross_entropy": f"({_CROSS_ENTROPY_ARGS}, bool with_grad) -> (Tensor, Tensor, Tensor)",
-    # -> gradient of the logits, in their dtype
+    #    says so), else empty; scale: one over the divisor, or empty
+    "masked_cross_entropy": (
+        f"({_CROSS_ENTROPY_ARGS}, bool with_grad, int mean_over)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # -> gradient of the logits, in their dtype; grad_loss is that of the sum (or map)
     "masked_cross_entropy_backward": (
         f"(Tensor grad_loss, {_CROSS_ENTROPY_ARGS}, Tensor saved) -> Tensor"
     ),

@@ -46,13 +46,22 @@ def _gradient(
     return reference.up_transposed(gradient, *logits.shape[2:], align_corners)
 
 
-def _reference(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, per_pixel, align_corners, with_grad = args
+def mean_of(loss: Tensor, counts: Tensor, mean_over: int) -> tuple[Tensor, Tensor]:
+    """`loss` over the count that `mean_over` names, and one over it; -1: as it is, and empty."""
+    if mean_over < 0:
+        return loss, loss.new_empty(0)
+    divisor = counts[mean_over].clamp(min=1).to(loss.dtype)
+    return loss / divisor, divisor.reciprocal()
+
+
+def _reference(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, per_pixel, align_corners, with_grad, mean_over = args
     loss, counts = reference.masked_cross_entropy(logits, *inputs, per_pixel, align_corners)
     saved = logits.new_empty(0, dtype=loss.dtype)
     if with_grad and not per_pixel and logits.device.type == "cpu":
         saved = _gradient(torch.ones((), dtype=saved.dtype), logits, *inputs, align_corners)
-    return loss, counts, saved
+    loss, scale = mean_of(loss, counts, mean_over)
+    return loss, counts, saved, scale
 
 
 def _reference_backward(grad_loss: Tensor, logits: Tensor, *args: Any) -> Tensor:
@@ -62,13 +71,14 @@ def _reference_backward(grad_loss: Tensor, logits: Tensor, *args: Any) -> Tensor
     return _gradient(grad_loss, logits, *inputs, align_corners).to(logits.dtype)
 
 
-def _fake(logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, per_pixel, _align_corners, with_grad = args
+def _fake(logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, per_pixel, _align_corners, with_grad, mean_over = args
     shape = target.shape if per_pixel else ()
     loss = logits.new_empty(shape, dtype=reference.wide(logits.dtype))
     counts = logits.new_empty((2,), dtype=torch.int64)
     wanted = with_grad and not per_pixel
-    return loss, counts, saved_like("masked_cross_entropy", logits, wanted, target.shape[1:])
+    saved = saved_like("masked_cross_entropy", logits, wanted, target.shape[1:])
+    return loss, counts, saved, loss.new_empty((0,) if mean_over < 0 else ())
 
 
 def _fake_backward(grad_loss: Tensor, logits: Tensor, *args: Any) -> Tensor:
@@ -85,49 +95,51 @@ def _debug_check(logits: Tensor, target: Tensor, *args: Any) -> None:
     reference.check_classes(label, valid, logits.shape[1], ignore_index)
 
 
-def _save_on_interpreter(*args: Any, result: tuple) -> tuple[Tensor, Tensor, Tensor]:
+def _save_on_interpreter(*args: Any, result: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """On the CPU the op promises the saved gradient, which Triton leaves to the backward."""
-    loss, counts, saved = result
-    logits, *inputs, per_pixel, align_corners, with_grad = args
+    loss, counts, saved, scale = result
+    logits, *inputs, per_pixel, align_corners, with_grad, _mean_over = args
     if with_grad and not per_pixel:
         from co2s_fast.kernels.masked_cross_entropy import masked_cross_entropy_backward
 
         wide = logits.to(saved.dtype)  # a saved gradient is never rounded to half precision
         one = torch.ones((), dtype=saved.dtype)
         saved = masked_cross_entropy_backward(one, wide, *inputs, False, align_corners, saved)
-    return loss, counts, saved
+    return loss, counts, saved, scale
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     (logits, target, confidence, threshold, ignore_mask, ignore_index, class_weight, boxes,
-     partner, per_pixel, align_corners, _with_grad) = inputs  # fmt: skip
-    _loss, counts, saved = output
-    ctx.mark_non_differentiable(counts, saved)
+     partner, per_pixel, align_corners, _with_grad, _mean_over) = inputs  # fmt: skip
+    _loss, counts, saved, scale = output
+    ctx.mark_non_differentiable(counts, saved, scale)
     ctx.set_materialize_grads(False)
     maps: tuple[Tensor | None, ...] = (
         target, confidence, ignore_mask, class_weight, boxes, partner
     )  # fmt: skip
     if saved.numel() and dispatch.backend(logits) != "triton":  # which recomputes in any case
         maps = (None,) * 6  # the saved gradient is enough; maps of the labels' size may go
-    ctx.save_for_backward(logits, *maps, saved)
+    ctx.save_for_backward(logits, *maps, saved, scale)
     ctx.options = (threshold, ignore_index, per_pixel, align_corners)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None or not ctx.needs_input_grad[0]:
-        return (None,) * 12
-    (logits, target, confidence, ignore_mask, class_weight, boxes, partner,
-     saved) = ctx.saved_tensors  # fmt: skip
+        return (None,) * 13
+    (logits, target, confidence, ignore_mask, class_weight, boxes, partner, saved,
+     scale) = ctx.saved_tensors  # fmt: skip
     threshold, ignore_index, per_pixel, align_corners = ctx.options
+    if scale.numel():
+        grad_loss = grad_loss * scale
     if target is None:
         if may_scale_in_place(saved, logits):
-            return saved.mul_(grad_loss), *(None,) * 11
+            return saved.mul_(grad_loss), *(None,) * 12
         target = saved  # stands in: not read where there is a saved gradient
     gradient = torch.ops.co2s.masked_cross_entropy_backward(
         grad_loss.contiguous(), logits, target, confidence, threshold, ignore_mask, ignore_index,
         class_weight, boxes, partner, per_pixel, align_corners, saved,
     )  # fmt: skip
-    return gradient, *(None,) * 11
+    return gradient, *(None,) * 12
 
 
 register(

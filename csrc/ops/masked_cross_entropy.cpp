@@ -2,6 +2,8 @@
 
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "ops/run_bands.h"
 
 namespace co2s {
@@ -20,6 +22,9 @@ struct Inputs {
   const OptionalTensor& partner;      // [B]
   bool align_corners;
 };
+
+// The loss, the counts, the saved gradient and the scale of a mean, or empty.
+using LossTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 struct Sums {
   double loss = 0;
@@ -102,8 +107,8 @@ at::Tensor counts_tensor(const Sums& sums) {
 }
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in, bool per_pixel,
-                                                       bool with_grad) {
+LossTensors forward(const Inputs& in, bool per_pixel, bool with_grad, int64_t mean_over) {
+  check_mean_over(mean_over, per_pixel);
   const auto wide = at::TensorOptions().dtype(wide_dtype(in.logits));
   const bool save = with_grad && !per_pixel;
   Problem<T> problem(in, save);
@@ -113,8 +118,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in, bool pe
   if (save) tensors = problem.want_gradient(wide_dtype(in.logits));
   const Sums sums = problem.run();
   if (save) add_borders(tensors, problem.args.plan);
-  if (!per_pixel) *loss.mutable_data_ptr<T>() = static_cast<T>(sums.loss);
-  return {loss, counts_tensor(sums), tensors.gradient};
+  at::Tensor scale = at::empty({0}, wide);
+  double divisor = 1;
+  if (mean_over >= 0) {
+    divisor = static_cast<double>(std::max<int64_t>(mean_over == 0 ? sums.valid : sums.taken, 1));
+    scale = at::scalar_tensor(1 / divisor, wide);
+  }
+  if (!per_pixel) *loss.mutable_data_ptr<T>() = static_cast<T>(sums.loss / divisor);
+  return {loss, counts_tensor(sums), tensors.gradient, scale};
 }
 
 template <class T>
@@ -135,15 +146,15 @@ at::Tensor backward(const at::Tensor& grad_loss, const Inputs& in, bool per_pixe
   return tensors.gradient.to(in.logits.scalar_type());
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_cross_entropy(
+LossTensors masked_cross_entropy(
     const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& confidence,
     double threshold, const OptionalTensor& ignore_mask, int64_t ignore_index,
     const OptionalTensor& class_weight, const OptionalTensor& boxes, const OptionalTensor& partner,
-    bool per_pixel, bool align_corners, bool with_grad) {
+    bool per_pixel, bool align_corners, bool with_grad, int64_t mean_over) {
   const Inputs in{logits,       target,       confidence, threshold, ignore_mask,
                   ignore_index, class_weight, boxes,      partner,   align_corners};
-  return logits.scalar_type() == at::kDouble ? forward<double>(in, per_pixel, with_grad)
-                                             : forward<float>(in, per_pixel, with_grad);
+  return logits.scalar_type() == at::kDouble ? forward<double>(in, per_pixel, with_grad, mean_over)
+                                             : forward<float>(in, per_pixel, with_grad, mean_over);
 }
 
 at::Tensor masked_cross_entropy_backward(

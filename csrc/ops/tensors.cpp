@@ -103,6 +103,11 @@ void check_size(int64_t height, int64_t width) {
                     height, ", ", width);
 }
 
+void check_mean_over(int64_t mean_over, bool per_pixel) {
+  TORCH_CHECK_VALUE(mean_over >= -1 && mean_over < (per_pixel ? 0 : 2),
+                    "mean_over: expected -1, 0 or 1, and -1 for a map, found ", mean_over);
+}
+
 void raise_bad_label(const BadLabel& bad, int64_t classes, int64_t ignore_index) {
   TORCH_CHECK_INDEX(!bad.found, "target: class ", bad.value, " at image ", bad.image, ", row ",
                     bad.row, ", column ", bad.column, " is outside [0, ", classes,

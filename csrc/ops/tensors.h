@@ -32,6 +32,8 @@ at::ScalarType wide_dtype(const at::Tensor& logits);
 
 void check_threshold(double threshold);
 void check_size(int64_t height, int64_t width);
+// Which count divides a sum of losses: 0, 1, or -1 for none, as for a map.
+void check_mean_over(int64_t mean_over, bool per_pixel);
 void raise_bad_label(const BadLabel& bad, int64_t classes, int64_t ignore_index);
 
 // An uninitialised tensor to be written completely, on huge pages where the system offers them:

@@ -112,7 +112,8 @@ def call_launchers(dtype: torch.dtype, num_classes: int, align_corners: bool, wi
             if mixed else (target, None, 0.95, None, 255, None, None, None)
         )  # fmt: skip
         softmax_confidence(logits, out, out, align_corners)
-        masked_cross_entropy(logits, *labels, mixed, align_corners, True)
+        masked_cross_entropy(logits, *labels, mixed, align_corners, True, -1)
+        masked_cross_entropy(logits, *labels, False, align_corners, True, 0)
         grad = torch.ones(batch, out, out) if mixed else torch.ones(())
         masked_cross_entropy_backward(grad, logits, *labels, mixed, align_corners, grad)
         mask = ignore if mixed else None

@@ -23,6 +23,7 @@ KERNELS = {
     "_cutmix_copy_kernel",
     "_gather_corners_kernel",
     "_sum_partials_kernel",
+    "_mean_of_partials_kernel",
 }
 MOST_SHARED_BYTES = 48 * 1024  # what a block gets without asking, on every GPU
 

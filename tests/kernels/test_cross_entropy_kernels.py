@@ -60,13 +60,20 @@ def check(
     wanted, wanted_counts = reference.masked_cross_entropy(exact, *arguments)
     upstream = torch.rand_like(wanted) + 0.5
     (wanted_grad,) = torch.autograd.grad(wanted, exact, upstream)
-    loss, counts, saved = masked_cross_entropy(logits, *arguments, True)
+    loss, counts, saved, scale = masked_cross_entropy(logits, *arguments, True, -1)
     grad = masked_cross_entropy_backward(upstream.float(), logits, *arguments, saved)
-    assert saved.shape == (0,) and loss.dtype == torch.float32 and counts.dtype == torch.int64
+    assert saved.shape == scale.shape == (0,)
+    assert loss.dtype == torch.float32 and counts.dtype == torch.int64
     assert counts.tolist() == wanted_counts.tolist()
     assert grad.dtype == logits.dtype and grad.is_contiguous()
     torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=slack, atol=slack)
+    for mean_over in () if per_pixel else (0, 1):
+        mean, counts, _, scale = masked_cross_entropy(logits, *arguments, True, mean_over)
+        assert counts.tolist() == wanted_counts.tolist()
+        divisor = wanted_counts[mean_over].clamp(min=1).double()
+        torch.testing.assert_close(mean.double(), wanted.detach() / divisor, rtol=2e-6, atol=0)
+        torch.testing.assert_close(scale.double(), 1 / divisor, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("per_pixel", [False, True])
@@ -122,7 +129,10 @@ def test_nothing_taken_is_zero(out, device) -> None:
     options = inputs(2, 4, out, device)
     options["confidence"] = torch.zeros_like(options["confidence"])
     logits = torch.full((2, 4, 3, 3), float("nan"), device=device)
-    loss, counts, saved = masked_cross_entropy(logits, *options.values(), False, False, True)
+    loss, counts, saved, scale = masked_cross_entropy(
+        logits, *options.values(), False, False, True, 1
+    )
+    assert scale.item() == 1
     grad = masked_cross_entropy_backward(
         torch.ones((), device=device), logits, *options.values(), False, False, saved
     )
@@ -137,13 +147,13 @@ def test_bad_class_is_not_valid_and_bad_partner_no_box(out, device) -> None:
     good[0, 0], bad[0, 0], bad[0, 0, 1] = 255, 4, -7
     rest = (None, 0.95, None, 255, None)
     logits = torch.randn(2, 4, 3, 4, device=device)
-    wanted = masked_cross_entropy(logits, good, *rest, None, None, False, False, True)
-    found = masked_cross_entropy(logits, bad, *rest, None, None, False, False, True)
+    wanted = masked_cross_entropy(logits, good, *rest, None, None, False, False, True, 0)
+    found = masked_cross_entropy(logits, bad, *rest, None, None, False, False, True, 0)
     assert found[0].equal(wanted[0]) and found[1].equal(wanted[1])
     boxes = torch.tensor([[0, 0, 2, 2], [0, 0, 0, 0]], dtype=torch.int32, device=device)
     partner = torch.tensor([10**9, 0], device=device)
-    plain = masked_cross_entropy(logits, target, *rest, None, None, False, False, True)
-    boxed = masked_cross_entropy(logits, target, *rest, boxes, partner, False, False, True)
+    plain = masked_cross_entropy(logits, target, *rest, None, None, False, False, True, 0)
+    boxed = masked_cross_entropy(logits, target, *rest, boxes, partner, False, False, True, 0)
     assert boxed[0].equal(plain[0]) and boxed[1].equal(plain[1])
 
 
@@ -158,7 +168,7 @@ def test_nan_stays_where_it_is(out, device) -> None:
     target[0, :reach, :reach] = 255
     options = (target, None, 0.9, None, 255, None, None, None, False, False)
     one = torch.ones((), device=device)
-    for function in (lambda z: masked_cross_entropy(z, *options, True)[0],
+    for function in (lambda z: masked_cross_entropy(z, *options, True, -1)[0],
                      lambda z: masked_cross_entropy_backward(one, z, *options, one)):  # fmt: skip
         assert function(poisoned).equal(function(logits))
     confidence, label = softmax_confidence(poisoned, *out, False)
@@ -199,7 +209,8 @@ def test_empty_batch(device) -> None:
     logits = torch.zeros(0, 3, 2, 2, device=device)
     target = torch.zeros(0, 4, 4, dtype=torch.uint8, device=device)
     rest = (None, 0.9, None, 255, None, None, None, False, False)
-    loss, counts, saved = masked_cross_entropy(logits, target, *rest, True)
+    loss, counts, saved, scale = masked_cross_entropy(logits, target, *rest, True, 0)
+    assert scale.item() == 1
     assert loss.item() == 0 and counts.tolist() == [0, 0]
     assert masked_cross_entropy_backward(loss, logits, target, *rest, saved).shape == logits.shape
     assert softmax_confidence(logits, 4, 4, False)[1].shape == (0, 4, 4)

@@ -123,7 +123,12 @@ def check_cross_entropy(ops, grid, classes, dtype):
     )
     (truth * scale.double()).backward()
     for with_grad in (True, False):
-        loss, counts, saved = ops.masked_cross_entropy(*own, with_grad)
+        mean, _, _, inverse = ops.masked_cross_entropy(*own, with_grad, int(with_grad))
+        divisor = truth_counts[int(with_grad)].clamp(min=1).to(wide)
+        close(mean, truth.detach() / divisor, wide, grid, f"mean, {dtype}")
+        close(inverse, 1 / divisor, wide, grid, f"scale, {dtype}")
+        loss, counts, saved, none = ops.masked_cross_entropy(*own, with_grad, -1)
+        assert none.shape == (0,)
         gradient = ops.masked_cross_entropy_backward(scale, *own, saved)
         assert counts.tolist() == truth_counts.tolist()
         assert saved.shape == (z.shape if with_grad and fused else (0,)) and saved.dtype == wide
@@ -215,7 +220,7 @@ def test_no_tensor_of_full_resolution(classes, ops):
     pair = (0.1, side, side, None, 255, False, True, True)
     empty, one = torch.empty(0), torch.ones(())
     calls = {
-        "loss": lambda: ops.masked_cross_entropy(a, *own, True),
+        "loss": lambda: ops.masked_cross_entropy(a, *own, True, 0),
         "loss backward": lambda: ops.masked_cross_entropy_backward(one, a, *own, empty),
         "stability": lambda: ops.stability_loss(a, b, *pair),
         "stability backward": lambda: ops.stability_loss_backward(
@@ -258,7 +263,7 @@ def test_unknown_partners_and_classes_are_left_out(ops):
     target = torch.full((2, 4, 5), 9)
     target[:, 0] = 1
     arguments = (None, 0.0, None, 255, None, boxes, torch.tensor([7, -1]), False, False)
-    _, counts, saved = ops.masked_cross_entropy(z, target, *arguments, True)
+    _, counts, saved, _ = ops.masked_cross_entropy(z, target, *arguments, True, 0)
     assert counts.tolist() == [10, 10]
     gradient = ops.masked_cross_entropy_backward(torch.ones(()), z, target, *arguments, saved)
     assert gradient[:, :, 1:].eq(0).all() and gradient[:, :, 0].ne(0).all()

@@ -80,9 +80,12 @@ template <class T> Prepared<T> prepare(const Inputs& in) {
   return prepared;
 }
 
+// The loss, the counts, the saved gradient and the scale of a mean, or empty.
+using LossTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
 template <class T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in, bool per_pixel,
-                                                       bool with_grad) {
+LossTensors forward(const Inputs& in, bool per_pixel, bool with_grad, int64_t mean_over) {
+  check_mean_over(mean_over, per_pixel);
   const OnDeviceOf device(in.logits);
   Prepared<T> prepared = prepare<T>(in);
   CrossEntropyProblem<T>& problem = prepared.problem;
@@ -97,10 +100,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in, bool pe
             : at::empty({0}, wide);
   if (prepared.empty) {
     return {at::zeros(per_pixel ? in.target.sizes() : at::IntArrayRef{}, wide),
-            at::zeros({2}, whole), saved};
+            at::zeros({2}, whole), saved,
+            mean_over < 0 ? at::empty({0}, wide) : at::ones({}, wide)};
   }
   at::Tensor loss = at::empty(per_pixel ? in.target.sizes() : at::IntArrayRef{}, wide);
   at::Tensor counts = at::empty({2}, whole);
+  const at::Tensor scale =
+      mean_over < 0 ? at::empty({0}, wide) : at::empty(at::IntArrayRef{}, wide);
   int64_t blocks = problem.blocks.all;
   if (fused) blocks = count_tiles(problem.grid, problem.logits, problem.registers, 1);
   const at::Tensor partial = new_partials(blocks, in.logits);
@@ -112,9 +118,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in, bool pe
     if (per_pixel) problem.loss_map = loss.mutable_data_ptr<T>();
     launch_cross_entropy(problem, device.stream());
   }
-  launch_sum_partials<T>(problem.partial, blocks, per_pixel ? 0 : 1, loss.mutable_data_ptr<T>(),
-                         counts.mutable_data_ptr<int64_t>(), device.stream());
-  return {loss, counts, saved};
+  Totals<T> totals{per_pixel ? 0 : 1, loss.mutable_data_ptr<T>(),
+                   counts.mutable_data_ptr<int64_t>(), nullptr, static_cast<int>(mean_over)};
+  if (mean_over >= 0) totals.scale = scale.mutable_data_ptr<T>();
+  launch_sum_partials(problem.partial, blocks, totals, device.stream());
+  return {loss, counts, saved, scale};
 }
 
 // Through up(), many classes: groups of images, so that the scratch stays small.
@@ -159,15 +167,15 @@ at::Tensor backward(const at::Tensor& grad_loss, const Inputs& in, bool per_pixe
   return gradient;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_cross_entropy(
+LossTensors masked_cross_entropy(
     const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& confidence,
     double threshold, const OptionalTensor& ignore_mask, int64_t ignore_index,
     const OptionalTensor& class_weight, const OptionalTensor& boxes, const OptionalTensor& partner,
-    bool per_pixel, bool align_corners, bool with_grad) {
+    bool per_pixel, bool align_corners, bool with_grad, int64_t mean_over) {
   const Inputs in{logits,       target,       confidence, threshold, ignore_mask,
                   ignore_index, class_weight, boxes,      partner,   align_corners};
-  return logits.scalar_type() == at::kDouble ? forward<double>(in, per_pixel, with_grad)
-                                             : forward<float>(in, per_pixel, with_grad);
+  return logits.scalar_type() == at::kDouble ? forward<double>(in, per_pixel, with_grad, mean_over)
+                                             : forward<float>(in, per_pixel, with_grad, mean_over);
 }
 
 at::Tensor masked_cross_entropy_backward(

@@ -14,6 +14,16 @@ struct Partial {
   int64_t count[2];
 };
 
+// Where the sums of the partials go: `values` of the sums (0, 1 or 2) and both counts. With `scale`,
+// sums become means over the count `mean_over`, at least 1, and `scale` one over it.
+template <class T> struct Totals {
+  int values;
+  T* sums;
+  int64_t* counts;
+  T* scale = nullptr;
+  int mean_over = 0;
+};
+
 // How many classes the kernels for K classes keep in registers; 0: none, they are read in passes.
 constexpr int registers_for(int64_t classes) {
   for (int registers : {6, 8, 16, 32}) {
@@ -132,9 +142,7 @@ template <class T> void launch_stability(const StabilityProblem<T>&, Stream);
 template <class T> void launch_stability_backward(const StabilityProblem<T>&, Stream);
 template <class T> void launch_confusion_matrix(const ConfusionProblem<T>&, Stream);
 void launch_cutmix(const CutMixProblem&, Stream);
-// Adds the partials: `values` of the sums (0, 1 or 2) and both counts.
 template <class T>
-void launch_sum_partials(const Partial* partial, int64_t blocks, int values, T* sums,
-                         int64_t* counts, Stream);
+void launch_sum_partials(const Partial* partial, int64_t blocks, const Totals<T>&, Stream);
 
 } // namespace co2s::cuda

@@ -84,8 +84,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Inputs&
   } else {
     launch_stability(problem, device.stream());
   }
-  launch_sum_partials<T>(problem.partial, blocks, 2, sums.mutable_data_ptr<T>(),
-                         counts.mutable_data_ptr<int64_t>(), device.stream());
+  const Totals<T> totals{2, sums.mutable_data_ptr<T>(), counts.mutable_data_ptr<int64_t>()};
+  launch_sum_partials(problem.partial, blocks, totals, device.stream());
   return {sums, counts, saved[0], saved[1]};
 }
 

@@ -6,7 +6,7 @@ namespace {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    sum_partials(const Partial* partial, int64_t blocks, int values, T* sums, int64_t* counts) {
+    sum_partials(const Partial* partial, int64_t blocks, const Totals<T> totals) {
   double value[2] = {};
   long long count[2] = {};
   for (int64_t i = threadIdx.x; i < blocks; i += kThreads) {
@@ -16,24 +16,31 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   for (int j = 0; j < 2; ++j) {
-    const double total = block_sum(value[j]);
-    const long long all = block_sum(count[j]);
-    if (threadIdx.x == 0) {
-      if (j < values) sums[j] = static_cast<T>(total);
-      counts[j] = all;
-    }
+    count[j] = block_sum(count[j]);
+    value[j] = block_sum(value[j]);
+  }
+  if (threadIdx.x != 0) return;
+  for (int j = 0; j < 2; ++j) totals.counts[j] = count[j];
+  double divisor = 1;
+  if (totals.scale != nullptr) {
+    const long long chosen = totals.mean_over == 0 ? count[0] : count[1];
+    divisor = static_cast<double>(chosen > 1 ? chosen : 1);
+    *totals.scale = static_cast<T>(1 / divisor);
+  }
+  for (int j = 0; j < 2; ++j) {
+    if (j < totals.values) totals.sums[j] = static_cast<T>(value[j] / divisor);
   }
 }
 
 } // namespace
 
 template <class T>
-void launch_sum_partials(const Partial* partial, int64_t blocks, int values, T* sums,
-                         int64_t* counts, Stream stream) {
-  launch(sum_partials<T>, 1, dim3(kThreads), 0, stream, partial, blocks, values, sums, counts);
+void launch_sum_partials(const Partial* partial, int64_t blocks, const Totals<T>& totals,
+                         Stream stream) {
+  launch(sum_partials<T>, 1, dim3(kThreads), 0, stream, partial, blocks, totals);
 }
 
-template void launch_sum_partials(const Partial*, int64_t, int, float*, int64_t*, Stream);
-template void launch_sum_partials(const Partial*, int64_t, int, double*, int64_t*, Stream);
+template void launch_sum_partials(const Partial*, int64_t, const Totals<float>&, Stream);
+template void launch_sum_partials(const Partial*, int64_t, const Totals<double>&, Stream);
 
 } // namespace co2s::cuda
