@@ -87,11 +87,11 @@ constexpr int kTileThreads = 192; // at most; a thread owns a column of pixels
 constexpr int kMostCells = 64;    // a tile's width at most
 
 // Tiles that a multiprocessor is to work on at a time, of one student with so many values a pixel.
-// Three of 6 warps leave 96 registers a thread; without the bound it would be 132, and two tiles.
+// Three of 6 warps leave 96 registers a thread; without the bound there would be room for two.
 constexpr int blocks_at_once(int values) { return values <= 8 ? 3 : 1; }
 
 // So many tiles at least, where the rows allow: what 128 multiprocessors hold at once. A pair of
-// students takes 168 registers a thread, which leaves room for two tiles.
+// students takes 150 registers a thread, which leaves room for two tiles.
 constexpr int64_t enough_tiles(int gradients) { return 128 * (gradients == 1 ? 3 : 2); }
 
 // Blocks of `rows` x `columns` cells; pixels that read cells of two tiles are visited by both.
