@@ -23,9 +23,6 @@ struct Inputs {
   bool align_corners;
 };
 
-// The loss, the counts, the saved gradient and the scale of a mean, or empty.
-using LossTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 struct Sums {
   double loss = 0;
   int64_t valid = 0, taken = 0;

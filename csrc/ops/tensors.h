@@ -4,12 +4,16 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 
 #include "ops/views.h"
 
 namespace co2s {
 
 using OptionalTensor = std::optional<at::Tensor>;
+// What masked_cross_entropy returns: the loss, the counts, the saved gradient and the scale of a
+// mean; the last two may be empty.
+using LossTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // logits [B,K,h,w] of a floating dtype on the CPU; raises a clear error otherwise.
 LogitsView logits_view(const at::Tensor& logits, const char* name);

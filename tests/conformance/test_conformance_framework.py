@@ -66,9 +66,9 @@ def op_arguments(target, dtype):
     pair = (0.5, *size, ignore, 255, False)
     return [
         (ops.softmax_confidence, (frozen, *size, False)),
-        (ops.masked_cross_entropy, (z, *full, False, False, True)),
-        (ops.masked_cross_entropy, (z, *full, True, True, True)),
-        (ops.masked_cross_entropy, (frozen, *bare, False, False, False)),
+        (ops.masked_cross_entropy, (z, *full, False, False, True, 0)),
+        (ops.masked_cross_entropy, (z, *full, True, True, True, -1)),
+        (ops.masked_cross_entropy, (frozen, *bare, False, False, False, 1)),
         (ops.masked_cross_entropy_backward, (one, frozen, *full, False, False, empty)),
         (ops.masked_cross_entropy_backward,
          (confidence.to(wide), frozen, *bare, True, False, empty)),
@@ -94,7 +94,7 @@ def test_gradcheck(size, align_corners, cpu_target):
     label, confidence, ignore = maps(cpu_target, size)
     weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     z, y = (logits(cpu_target, torch.float64, seed=seed, grid=(2, 3)) for seed in (0, 1))
-    for reduction in ("valid", "none"):
+    for reduction in ("valid", "confident", "sum", "none"):
 
         def cross_entropy(z, reduction=reduction):
             return masked_cross_entropy(

@@ -80,9 +80,6 @@ template <class T> Prepared<T> prepare(const Inputs& in) {
   return prepared;
 }
 
-// The loss, the counts, the saved gradient and the scale of a mean, or empty.
-using LossTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 template <class T>
 LossTensors forward(const Inputs& in, bool per_pixel, bool with_grad, int64_t mean_over) {
   check_mean_over(mean_over, per_pixel);
