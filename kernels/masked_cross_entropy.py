@@ -122,7 +122,7 @@ def masked_cross_entropy(
     saved = logits.new_empty(0, dtype=torch.float32)
     if target.numel() == 0:
         loss = loss_map if per_pixel else logits.new_zeros((), dtype=torch.float32)
-        scale = saved if mean_over < 0 else logits.new_ones((), dtype=torch.float32)
+        scale = logits.new_ones((0,) if mean_over < 0 else (), dtype=torch.float32)
         return loss, logits.new_zeros(2, dtype=torch.int64), saved, scale
     grid = resampling(logits, height, width, align_corners)
     block_k, p = pixel_tile(num_classes, logits.element_size(), grid.resample)
@@ -148,4 +148,5 @@ def masked_cross_entropy(
             mean, totals, scale = launch_mean_of_partials(values, counts, mean_over)
             return mean, totals, saved, scale
         sums, totals = launch_sum_partials(values, counts)
-    return (loss_map if per_pixel else sums.view(())), totals, saved, saved
+    scale = logits.new_empty(0, dtype=torch.float32)
+    return (loss_map if per_pixel else sums.view(())), totals, saved, scale

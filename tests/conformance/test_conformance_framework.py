@@ -66,7 +66,8 @@ def op_arguments(target, dtype):
     pair = (0.5, *size, ignore, 255, False)
     return [
         (ops.softmax_confidence, (frozen, *size, False)),
-        (ops.masked_cross_entropy, (z, *full, False, False, True, 0)),
+        (ops.masked_cross_entropy, (z, *full, False, False, True, -1)),
+        (ops.masked_cross_entropy, (z, *full, False, False, False, 0)),
         (ops.masked_cross_entropy, (z, *full, True, True, True, -1)),
         (ops.masked_cross_entropy, (frozen, *bare, False, False, False, 1)),
         (ops.masked_cross_entropy_backward, (one, frozen, *full, False, False, empty)),
@@ -82,7 +83,7 @@ def op_arguments(target, dtype):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(12))
 def test_opcheck(index, target):
     op, arguments = op_arguments(target, torch.float32)[index]
     torch.library.opcheck(op.default, arguments)
