@@ -8,6 +8,9 @@ Runs go one after the other through the command line that users have. A seed fix
 order, the augmentation and (unless --one-split) which images are labelled; the methods of one seed
 see the same labelled images and train for the same number of steps. Finished runs are skipped and
 interrupted ones resumed, so the command can be stopped and given again.
+
+While a run trains, pseudo-labels are measured on `train.probe_images` of the unlabelled images
+(`pseudo`); once it is finished, on all of them (`pseudo_all`).
 """
 
 from __future__ import annotations
@@ -98,6 +101,29 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def all_pseudo_labels(folder: Path) -> dict[str, dict[str, Any]]:
+    """Quality of the last checkpoint's pseudo-labels on every unlabelled image; once a run.
+
+    As in training, but on all images whose label is known; empty where none is.
+    """
+    kept = folder / "pseudo_all.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    from co2s_fast.data import open_split, val_dataset
+    from co2s_fast.engine.evaluation import pseudo_label_quality
+    from co2s_fast.engine.runs import load_run
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, spec, students = load_run(folder, "last", device=device)
+    known = [item for item in open_split(config.data, spec).unlabeled if item.label is not None]
+    found = pseudo_label_quality(
+        students, val_dataset(known, spec, config.data), spec, config.eval, device,
+        threshold=getattr(config.method, "threshold", 0.95),
+    ) if known else {}  # fmt: skip
+    results.save(kept, found)
+    return found
+
+
 def collect(plan: Plan, folder: Path) -> dict[str, Any]:
     """Final and best mIoU of each student and of both, and the curves, of one run."""
     evaluations = read_evaluations(folder)
@@ -119,6 +145,7 @@ def collect(plan: Plan, folder: Path) -> dict[str, Any]:
         "final": {s: curve[-1] for s, curve in curves.items()},
         "best": {s: max(curve) for s, curve in curves.items()},
         "pseudo": pseudo,
+        "pseudo_all": all_pseudo_labels(folder),
     }
 
 
@@ -128,20 +155,22 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "std": spread}
 
 
+def means(found: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Mean accuracy and coverage over the runs that have them."""
+    entry = {}
+    for key in ("accuracy", "coverage"):
+        values = [each[key] for each in found if each[key] is not None]
+        entry[key] = statistics.fmean(values) if values else None
+    return entry
+
+
 def mean_curve(runs: list[dict[str, Any]], student: str) -> list[dict[str, float | None]]:
     """Pseudo-label accuracy and coverage against the step, means over the runs that have them."""
     points: dict[int, list[dict[str, Any]]] = {}
     for run in runs:
         for point in run["pseudo"].get(student, []):
             points.setdefault(point["step"], []).append(point)
-    curve = []
-    for step, found in sorted(points.items()):
-        entry: dict[str, float | None] = {"step": step}
-        for key in ("accuracy", "coverage"):
-            values = [p[key] for p in found if p[key] is not None]
-            entry[key] = statistics.fmean(values) if values else None
-        curve.append(entry)
-    return curve
+    return [{"step": step, **means(found)} for step, found in sorted(points.items())]
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -156,6 +185,8 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for when in ("final", "best"):
             entry[when] = {s: mean_and_std([m[when][s] for m in members]) for s in students}
         entry["pseudo"] = {s: mean_curve(members, s) for s in members[0]["pseudo"]}
+        entry["pseudo_all"] = {s: means([m["pseudo_all"][s] for m in members])
+                               for s in members[0]["pseudo_all"]}
         summary.append(entry)
     return summary
 

@@ -10,6 +10,9 @@ from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 
 from benchmarks import accuracy, results, tables
+from co2s_fast.cli import main
+from co2s_fast.data import DataConfig, generate_demo, load_dataset, open_split
+from co2s_fast.data.files import load_label
 from co2s_fast.engine.config import load_config
 
 
@@ -36,6 +39,8 @@ class FakeTraining:
             records.append({"kind": "eval", "step": step, "students": students, "pseudo": pseudo})
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / "metrics.jsonl").write_text(lines)
+        quality = {"accuracy": 0.8 + 0.1 * seed, "coverage": 0.5, "pixels": 64}
+        (folder / "pseudo_all.json").write_text(json.dumps({"clip": quality}))
         return self.code
 
 
@@ -69,8 +74,32 @@ def test_summary_schema_and_table(run, tmp_path, accuracy_schema):
     assert by_method["co2s"]["pseudo"]["clip"][0] == {
         "step": 10, "accuracy": pytest.approx(0.9), "coverage": 0.5,
     }  # fmt: skip
+    assert by_method["co2s"]["pseudo_all"] == {
+        "clip": {"accuracy": pytest.approx(0.85), "coverage": 0.5},
+    }  # fmt: skip
     text = "<!-- benchmark:accuracy_demo -->\n<!-- /benchmark -->\n"
     assert "| 6 | co2s | 2 | 56.0 ± 1.4 |" in tables.render(text, tmp_path)
+
+
+def test_pseudo_labels_of_all_unlabelled_images(tmp_path):
+    spec = load_dataset("demo").model_copy(update={"val": ["scene03"]})
+    root = generate_demo(tmp_path / "demo", spec, scenes=4, progress=False)
+    folder = tmp_path / "run"
+    options = ["train.steps=1", "train.eval_every=1", "train.tensorboard=false", "eval.panels=0",
+               "method.threshold=0.3", "data.workers=0", "data.batch_size=4"]  # fmt: skip
+    arguments = [part for option in options for part in ("--set", option)]
+    done = CliRunner().invoke(main, [
+        "train", "--dataset", str(root / "dataset.yaml"), "--recipe", "demo", "--labels", "4",
+        "--out", str(folder), *arguments,
+    ])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = accuracy.all_pseudo_labels(folder)
+    assert list(found) == ["clip", "ssm"]
+    split = open_split(DataConfig(root=root, labels=4), spec)
+    labelled = sum(int((load_label(item, spec) != 255).sum()) for item in split.unlabeled)
+    assert all(each["pixels"] == labelled and each["coverage"] > 0 for each in found.values())
+    (folder / "config.yaml").unlink()
+    assert accuracy.all_pseudo_labels(folder) == found, "measured once"
 
 
 def test_commands_differ_in_method_and_seed_only(run, training):
