@@ -86,7 +86,7 @@ def test_pseudo_labels_of_all_unlabelled_images(tmp_path):
     root = generate_demo(tmp_path / "demo", spec, scenes=4, progress=False)
     folder = tmp_path / "run"
     options = ["train.steps=1", "train.eval_every=1", "train.tensorboard=false", "eval.panels=0",
-               "method.threshold=0.3", "data.workers=0", "data.batch_size=4"]  # fmt: skip
+               "method.threshold=0.2", "data.workers=0", "data.batch_size=4"]  # fmt: skip
     arguments = [part for option in options for part in ("--set", option)]
     done = CliRunner().invoke(main, [
         "train", "--dataset", str(root / "dataset.yaml"), "--recipe", "demo", "--labels", "4",
