@@ -3,14 +3,15 @@
 #
 #   benchmarks/gpu_suite.sh DIR [build] [tests] [sanitizer] [throughput]      (default: all four)
 #
-# Leaves at most 8 files in DIR: a log for each part, tests.xml, <device>.json and summary.txt. A part
-# that fails does not stop the next; the exit code is 1 when any failed. Needs nvcc, cmake, ninja and
-# pybind11 beside a CUDA build of torch. PYTHON chooses the interpreter, *_LIMIT_S the time limits.
-# The tests compile hundreds of Triton kernels: with pytest-xdist they use every core (minutes on 16).
+# Leaves at most 8 files in DIR: a log for each part, tests.xml, <device>.json, kernels-<device>.json
+# and summary.txt. A part that fails does not stop the next; the exit code is 1 when any failed. Needs
+# nvcc, cmake, ninja and pybind11 beside a CUDA build of torch. PYTHON chooses the interpreter,
+# *_LIMIT_S the time limits. The tests compile hundreds of Triton kernels: with pytest-xdist they use
+# every core (minutes on 16).
 set -uo pipefail
 
 if [ $# -lt 1 ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"
@@ -56,7 +57,8 @@ tests() {
   mapfile -t elsewhere < <(grep -rl 'mark\.gpu' tests --include='test_*.py' |
     grep -v '^tests/\(conformance\|ops\|kernels\)/')
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n auto)
-  "$python" -m pytest -m "gpu or not gpu" -q -rs -p no:cacheprovider "${workers[@]}" \
+  # Every test by name: of a run that is cut short, too, the log says which failed.
+  "$python" -m pytest -m "gpu or not gpu" -v -rs -p no:cacheprovider "${workers[@]}" \
     --junitxml="$out/tests.xml" tests/conformance tests/ops tests/kernels "${elsewhere[@]}"
 }
 
@@ -75,6 +77,7 @@ throughput() {
   name=$("$python" -c 'import sys; sys.path.insert(0, "."); import torch
 from benchmarks.results import slug
 print(slug(torch.device("cuda"), torch.get_num_threads()))') || return 1
+  "$python" benchmarks/kernel_times.py --out "$out/kernels-$name.json" || return 1
   "$python" benchmarks/throughput.py --device cuda --out "$out/$name.json"
 }
 
