@@ -112,7 +112,7 @@ def test_a_teacher_needs_averages(run_content) -> None:
     with pytest.raises(ValueError, match=r"method.teacher: 'average' needs train.ema > 0"):
         config_of(run_content(), teacher="average")
     with pytest.raises(UsageError, match=r"method.teacher: 'average' needs train.ema > 0"):
-        load_config("demo", ["train.ema=0"])
+        load_config("demo", ["method.teacher=average"])
     with pytest.raises(UsageError, match=r"train.ema: .* less than 1, found 1"):
         load_config("demo", ["train.ema=1"])
 
