@@ -66,7 +66,7 @@ class TrainConfig(_Strict):
         eval_every: steps between evaluations; None: once an epoch.
         save_every: steps between writes of `last`; None: at every evaluation.
         probe_images: unlabelled images that have labels, on which pseudo-labels are measured at
-            every evaluation. A few dozen show a trend; methods that differ by a point need hundreds.
+            every evaluation. A few dozen show a trend; a difference of one point needs hundreds.
         debug_steps: first steps with range checks of the losses' inputs, which cost a
             synchronisation each.
         deterministic: ask torch for deterministic kernels wherever it has them.
