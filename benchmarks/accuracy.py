@@ -104,7 +104,8 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 def all_pseudo_labels(folder: Path) -> dict[str, dict[str, Any]]:
     """Quality of the last checkpoint's pseudo-labels on every unlabelled image; once a run.
 
-    As in training, but on all images whose label is known; empty where none is.
+    As in training, but on all images whose label is known; empty where none is. Kept in the run
+    folder, because the command is given again to go on.
     """
     kept = folder / "pseudo_all.json"
     if kept.is_file():
@@ -115,11 +116,11 @@ def all_pseudo_labels(folder: Path) -> dict[str, dict[str, Any]]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, spec, students = load_run(folder, "last", device=device)
-    known = [item for item in open_split(config.data, spec).unlabeled if item.label is not None]
+    unlabeled = val_dataset(open_split(config.data, spec).unlabeled, spec, config.data)
     found = pseudo_label_quality(
-        students, val_dataset(known, spec, config.data), spec, config.eval, device,
+        students, unlabeled, spec, config.eval, device,
         threshold=getattr(config.method, "threshold", 0.95),
-    ) if known else {}  # fmt: skip
+    )  # fmt: skip
     results.save(kept, found)
     return found
 

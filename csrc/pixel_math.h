@@ -31,16 +31,14 @@ CO2S_HD float larger(float a, float b) { return fmaxf(a, b); } // one instructio
 #endif
 
 // x from [0, 1], not NaN.
-template <class T> CO2S_HD T clamped_to_one(T x) { return x < T(0) ? T(0) : (x > T(1) ? T(1) : x); }
-#if defined(__CUDACC__)
+CO2S_HD double clamped_to_one(double x) { return x < 0 ? 0 : (x > 1 ? 1 : x); }
 CO2S_HD float clamped_to_one(float x) {
 #if defined(__CUDA_ARCH__)
-  return __saturatef(x);
+  return __saturatef(x); // one instruction, or none
 #else
-  return x < 0.0f ? 0.0f : (x > 1.0f ? 1.0f : x);
+  return x < 0 ? 0 : (x > 1 ? 1 : x);
 #endif
 }
-#endif
 
 // ---- bilinear source index, as ATen's area_pixel_compute_source_index -------------------------
 

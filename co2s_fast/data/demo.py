@@ -233,7 +233,7 @@ def generate_demo(root: Path, spec: DatasetSpec | None = None, *, seed: int = 0,
     spec = spec or load_dataset("demo")
     root = Path(root)
     root.parent.mkdir(parents=True, exist_ok=True)
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+    if root.exists() and any(root.iterdir() if root.is_dir() else [root]):
         raise DataError(
             f"{root}: expected no such folder, or an empty one, to generate {spec.name} in"
         )

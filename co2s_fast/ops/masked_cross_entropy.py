@@ -46,7 +46,7 @@ def _gradient(
     return reference.up_transposed(gradient, *logits.shape[2:], align_corners)
 
 
-def mean_of(loss: Tensor, counts: Tensor, mean_over: int) -> tuple[Tensor, Tensor]:
+def _mean_of(loss: Tensor, counts: Tensor, mean_over: int) -> tuple[Tensor, Tensor]:
     """`loss` over the count that `mean_over` names, and one over it; -1: as it is, and empty."""
     if mean_over < 0:
         return loss, loss.new_empty(0)
@@ -60,7 +60,7 @@ def _reference(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     saved = logits.new_empty(0, dtype=loss.dtype)
     if with_grad and not per_pixel and logits.device.type == "cpu":
         saved = _gradient(torch.ones((), dtype=saved.dtype), logits, *inputs, align_corners)
-    loss, scale = mean_of(loss, counts, mean_over)
+    loss, scale = _mean_of(loss, counts, mean_over)
     return loss, counts, saved, scale
 
 

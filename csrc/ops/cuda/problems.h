@@ -55,7 +55,7 @@ struct PixelMaps {
   int64_t ignore_index, batch, classes;
   int32_t width;
   double threshold;
-  float float_threshold;
+  float float_threshold; // the same, rounded: not for every pixel again
   int32_t aligned; // so many consecutive pixels of each map may be read at once
   bool flat;       // every map is contiguous, and 32 bits hold its offsets; no float64
 };
