@@ -1,6 +1,7 @@
 """Time of every kernel that the losses of one co2s step launch on a GPU, by torch.profiler.
 
-    python benchmarks/kernel_times.py                 into results/kernels-<device>.json
+\b
+python benchmarks/kernel_times.py        into results/kernels-<device>.json
 
 `throughput.py` says how long a pass takes; this says where the time goes. A row is the mean of
 PASSES passes; `provider` is the kernel, and "all kernels" their sum, without the gaps between.
