@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ MOST_PASSES_A_SAMPLE = 20
 L2_FLUSH_BYTES = 256 << 20
 # The reference is there to be read and to test against, not to be fast; it need not be slow here.
 REFERENCE_REPEATS = 3
-# Cycles the GPU idles before a timed region, about 5 ms: the launches queue up meanwhile, so the
-# events measure device work and not how fast Python can launch it (`wall` measures that).
-GPU_HEAD_START_CYCLES = 10_000_000
+# The GPU idles before a timed region: the launches queue up meanwhile, so the events measure device
+# work and not how fast Python can launch it (`wall` measures that). For so many times what a pass
+# takes to launch, within limits; a pass longer than the upper one stays ahead by itself.
+HEAD_START, HEAD_START_LIMITS_S = 1.5, (0.005, 0.05)
+_CLOCK_CYCLES = 10_000_000  # slept once, to learn how long a cycle is
 
 
 class NotMeasured(Exception):
@@ -113,9 +116,30 @@ def _time_on_cpu(workload: Workload) -> dict[str, float]:
     return {"forward": middle - begin, "backward": end - middle, "both": end - begin}
 
 
-def _time_on_gpu(workload: Workload, flush: Tensor) -> dict[str, float]:
+def _idle(cycles: int) -> None:
+    """Keep the current stream waiting."""
+    torch.cuda._sleep(cycles)  # private, but the only portable busy wait
+
+
+def _head_start(workload: Workload) -> int:
+    """Cycles for which the GPU should wait while a pass is launched; call within the scope."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize()
+    events[0].record()
+    _idle(_CLOCK_CYCLES)
+    events[1].record()
+    begin = time.perf_counter()
+    run_pass(workload)
+    launched = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    cycle = events[0].elapsed_time(events[1]) / 1e3 / _CLOCK_CYCLES
+    shortest, longest = HEAD_START_LIMITS_S
+    return round(min(max(HEAD_START * launched, shortest), longest) / cycle)
+
+
+def _time_on_gpu(workload: Workload, flush: Tensor, head_start: int) -> dict[str, float]:
     flush.zero_()
-    torch.cuda._sleep(GPU_HEAD_START_CYCLES)  # private, but the only portable busy wait
+    _idle(head_start)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     events[0].record()
     out = workload.forward()
@@ -134,21 +158,25 @@ def _time_on_gpu(workload: Workload, flush: Tensor) -> dict[str, float]:
     return {"forward": forward, "backward": backward, "both": forward + backward, "wall": wall}
 
 
-def _passes_for(workload: Workload, device: torch.device) -> int:
-    """How many passes make a sample long enough for the clock; one on a GPU, which has events."""
-    if device.type == "cuda":
-        return 1
+def _passes_for(workload: Workload) -> int:
+    """How many passes make a sample long enough for the clock."""
     seconds = max(sum(_time_on_cpu(workload).values()), 1e-9)
     return max(1, min(MOST_PASSES_A_SAMPLE, math.ceil(SHORTEST_SAMPLE_S / seconds)))
 
 
-def _sample(workload: Workload, flush: Tensor | None, passes: int) -> dict[str, float]:
+def _sample_on_cpu(workload: Workload, passes: int) -> dict[str, float]:
     total: dict[str, float] = {}
     for _ in range(passes):
-        taken = _time_on_cpu(workload) if flush is None else _time_on_gpu(workload, flush)
-        for mode, seconds in taken.items():
+        for mode, seconds in _time_on_cpu(workload).items():
             total[mode] = total.get(mode, 0.0) + seconds
     return {mode: seconds / passes for mode, seconds in total.items()}
+
+
+def _sampler(workload: Workload, flush: Tensor | None) -> Callable[[], dict[str, float]]:
+    """What takes one sample, in seconds by mode; with `flush`, on its GPU."""
+    if flush is None:
+        return partial(_sample_on_cpu, workload, _passes_for(workload))
+    return partial(_time_on_gpu, workload, flush, _head_start(workload))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -240,10 +268,10 @@ def measure(
     flush = None
     if device.type == "cuda":
         flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
-    passes = {}
+    samplers = {}
     for name, workload in ready.items():
         with scope(name):
-            passes[name] = _passes_for(workload, device)
+            samplers[name] = _sampler(workload, flush)
     order = list(ready)
     for turn in range(repeats):
         shift = turn % max(len(order), 1)  # nobody always follows the same neighbour
@@ -251,7 +279,7 @@ def measure(
             if name == "reference" and turn >= REFERENCE_REPEATS:
                 continue
             with scope(name):
-                taken = _sample(ready[name], flush, passes[name])
+                taken = samplers[name]()
             for mode, seconds in taken.items():
                 found.samples.setdefault(name, {}).setdefault(mode, []).append(seconds)
     return found

@@ -146,7 +146,7 @@ def masked_cross_entropy(
         )  # fmt: skip
         if mean_over >= 0:
             mean, totals, scale = launch_mean_of_partials(values, counts, mean_over)
-            return mean, totals, saved, scale
+            return mean.view(()), totals, saved, scale.view(())
         sums, totals = launch_sum_partials(values, counts)
     scale = logits.new_empty(0, dtype=torch.float32)
     return (loss_map if per_pixel else sums.view(())), totals, saved, scale

@@ -33,7 +33,7 @@ from .pixel_math import (
     split_program,
 )
 from .stability_loss_backward import stability_loss_backward
-from .sums import launch_sum_partials
+from .sums import launch_mean_of_partials, launch_sum_partials
 
 __all__ = ["stability_loss", "stability_loss_backward"]
 
@@ -105,8 +105,8 @@ def _stability_loss_kernel(
 def stability_loss(
     logits_a: Tensor, logits_b: Tensor, threshold: float, height: int, width: int,
     ignore_mask: Tensor | None, ignore_index: int, align_corners: bool,
-    with_grad_a: bool, with_grad_b: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with_grad_a: bool, with_grad_b: bool, mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Σ_k (p_a - p_b)² summed where a learns and where b learns, with the counts of those pixels.
 
     a learns where b is confident and no less sure than a; b likewise; equal and confident: both.
@@ -122,9 +122,11 @@ def stability_loss(
         align_corners: as in `F.interpolate`.
         with_grad_a: not used: the backward recomputes.
         with_grad_b: not used.
+        mean: divide each sum by K times its count, taken as at least 1.
 
     Returns:
-        sums float32 [2], counts int64 [2], and two empty float32 tensors.
+        sums float32 [2], counts int64 [2], two empty float32 tensors, and one over the divisors,
+        float32 [2], or empty.
 
     Raises:
         TypeError: another dtype of logits.
@@ -135,7 +137,8 @@ def stability_loss(
     empty = [logits_a.new_empty(0, dtype=torch.float32) for _ in range(2)]
     if batch * height * width == 0:
         sums = logits_a.new_zeros(2, dtype=torch.float32)
-        return sums, logits_a.new_zeros(2, dtype=torch.int64), *empty
+        scale = logits_a.new_full((2 if mean else 0,), 1 / num_classes, dtype=torch.float32)
+        return sums, logits_a.new_zeros(2, dtype=torch.int64), *empty, scale
     grid_a = resampling(logits_a, height, width, align_corners)
     grid_b = resampling(logits_b, height, width, align_corners)
     block_k, p = pixel_tile(
@@ -155,5 +158,9 @@ def stability_loss(
             FLAT=all(map(is_flat, (logits_a, logits_b, ignore_mask))),
             WIDE=is_wide(logits_a, logits_b, ignore_mask), num_warps=WARPS, **UNFUSED,
         )  # fmt: skip
-        sums, totals = launch_sum_partials(values, counts)
-    return sums, totals, *empty
+        if mean:
+            sums, totals, scale = launch_mean_of_partials(values, counts, times=num_classes)
+        else:
+            sums, totals = launch_sum_partials(values, counts)
+            scale = logits_a.new_empty(0, dtype=torch.float32)
+    return sums, totals, *empty, scale

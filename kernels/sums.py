@@ -45,19 +45,20 @@ def _sum_partials_kernel(
 
 @triton.jit
 def _mean_of_partials_kernel(
-    values_ptr, counts_ptr, mean_ptr, scale_ptr, totals_ptr, programs,
-    MEAN_OVER: tl.constexpr, BLOCK: tl.constexpr,
+    values_ptr, counts_ptr, mean_ptr, scale_ptr, totals_ptr, programs, times,
+    VALUES: tl.constexpr, MEAN_OVER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: both counts, and the sum over count MEAN_OVER, or over 1 where that is 0."""
+    """One program: both counts, and sum i over `times` · max(count MEAN_OVER + i, 1)."""
     first = _row_sum(counts_ptr, programs, tl.int64, BLOCK)
     second = _row_sum(counts_ptr + programs, programs, tl.int64, BLOCK)
     tl.store(totals_ptr, first)
     tl.store(totals_ptr + 1, second)
-    count = first if MEAN_OVER == 0 else second
-    divisor = tl.maximum(count, 1).to(tl.float64)
-    total = _row_sum(values_ptr, programs, tl.float64, BLOCK)
-    tl.store(mean_ptr, (total / divisor).to(tl.float32))
-    tl.store(scale_ptr, (1.0 / divisor).to(tl.float32))
+    for i in tl.static_range(VALUES):
+        count = first if MEAN_OVER + i == 0 else second
+        divisor = (tl.maximum(count, 1) * times).to(tl.float64)
+        total = _row_sum(values_ptr + i * programs, programs, tl.float64, BLOCK)
+        tl.store(mean_ptr + i, (total / divisor).to(tl.float32))
+        tl.store(scale_ptr + i, (1.0 / divisor).to(tl.float32))
 
 
 def launch_sum_partials(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,22 +81,24 @@ def launch_sum_partials(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]
 
 
 def launch_mean_of_partials(
-    values: Tensor, counts: Tensor, mean_over: int
+    values: Tensor, counts: Tensor, mean_over: int = 0, times: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the partials over one of their counts, at least 1.
+    """The sums of the partials, each over `times` · one of their counts, taken as at least 1.
 
     Args:
-        values: float32 [1, programs], contiguous.
+        values: float32 [V, programs], contiguous, V 1 or 2.
         counts: int32 [2, programs], contiguous.
-        mean_over: which count divides, 0 or 1.
+        mean_over: which count divides the first sum; with two sums 0, and the other the second.
+        times: a factor of every divisor.
 
     Returns:
-        float32 [] mean, int64 [2] counts, float32 [] one over the divisor.
+        float32 [V] means, int64 [2] counts, float32 [V] one over each divisor.
     """
-    mean, scale = (torch.empty((), dtype=torch.float32, device=values.device) for _ in range(2))
+    rows, programs = values.shape
+    mean, scale = (torch.empty(rows, dtype=torch.float32, device=values.device) for _ in range(2))
     totals = torch.empty(2, dtype=torch.int64, device=values.device)
     _mean_of_partials_kernel[(1,)](
-        values, counts, mean, scale, totals, values.shape[1], MEAN_OVER=mean_over, BLOCK=_BLOCK,
-        num_warps=WARPS,
+        values, counts, mean, scale, totals, programs, times, VALUES=rows, MEAN_OVER=mean_over,
+        BLOCK=_BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return mean, totals, scale

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import co2s_fast.ops  # noqa: F401 - registers torch.ops.co2s
 from co2s_fast.losses._checks import (
     check_class_weight,
     check_device,
@@ -15,6 +14,7 @@ from co2s_fast.losses._checks import (
     check_threshold,
 )
 from co2s_fast.losses.cutmix import CutMix
+from co2s_fast.ops.masked_cross_entropy import masked_cross_entropy as masked_cross_entropy_op
 
 REDUCTIONS = ("valid", "confident", "sum", "none")
 MEAN_OVER = {"valid": 0, "confident": 1}  # which of the counts divides the sum
@@ -163,7 +163,7 @@ def _terms(
     # On equal grids a saved gradient is as large as the logits: recomputing it moves fewer bytes.
     small = logits.shape[2:] != target.shape[1:]
     with_grad = logits.requires_grad and torch.is_grad_enabled() and small
-    loss, counts, _saved, _scale = torch.ops.co2s.masked_cross_entropy(
+    loss, counts, *_ = masked_cross_entropy_op(
         logits, target, confidence, float(threshold), ignore_mask, ignore_index, class_weight,
         boxes, partner, reduction == "none", align_corners, with_grad, MEAN_OVER.get(reduction, -1),
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import co2s_fast.ops  # noqa: F401 - registers torch.ops.co2s
 from co2s_fast.losses._checks import (
     check_device,
     check_logits,
@@ -14,6 +13,7 @@ from co2s_fast.losses._checks import (
     check_size,
     check_threshold,
 )
+from co2s_fast.ops.stability_loss import stability_loss as stability_loss_op
 
 
 def stability_loss(
@@ -59,11 +59,11 @@ def stability_loss(
     Source:
         The dual-student stability term of Co2S, with the teacher detached as the paper says.
     """
-    sums, counts = _terms(
-        logits_a, logits_b, threshold, size, ignore_mask, ignore_index, align_corners
+    means, _counts = _terms(
+        logits_a, logits_b, threshold, size, ignore_mask, ignore_index, align_corners, mean=True
     )
-    loss = sums / (logits_a.shape[1] * counts.clamp(min=1))
-    return loss[0], loss[1]
+    loss_a, loss_b = means.unbind(0)
+    return loss_a, loss_b
 
 
 def stability_terms(
@@ -97,9 +97,10 @@ def stability_terms(
         TypeError, ValueError: as `stability_loss`.
     """
     sums, counts = _terms(
-        logits_a, logits_b, threshold, size, ignore_mask, ignore_index, align_corners
+        logits_a, logits_b, threshold, size, ignore_mask, ignore_index, align_corners, mean=False
     )
-    return sums[0], sums[1], counts[0], counts[1]
+    sum_a, sum_b = sums.unbind(0)
+    return sum_a, sum_b, counts[0], counts[1]
 
 
 def _terms(
@@ -110,8 +111,10 @@ def _terms(
     ignore_mask: Tensor | None,
     ignore_index: int,
     align_corners: bool,
+    *,
+    mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Checked arguments into the op: sums [2], counts [2]."""
+    """Checked arguments into the op: sums or means [2], counts [2]."""
     check_logits("logits_a", logits_a)
     check_logits("logits_b", logits_b)
     if logits_a.shape != logits_b.shape:
@@ -132,8 +135,9 @@ def _terms(
     height, width = logits_a.shape[2:] if size is None else size
     # On equal grids a saved gradient is as large as the logits: recomputing it moves fewer bytes.
     recording = torch.is_grad_enabled() and logits_a.shape[2:] != (height, width)
-    sums, counts, _saved_a, _saved_b = torch.ops.co2s.stability_loss(
+    sums, counts, *_ = stability_loss_op(
         logits_a, logits_b, float(threshold), height, width, ignore_mask, ignore_index,
         align_corners, logits_a.requires_grad and recording, logits_b.requires_grad and recording,
+        mean,
     )  # fmt: skip
     return sums, counts

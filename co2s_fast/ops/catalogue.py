@@ -39,10 +39,11 @@ SCHEMAS: dict[str, str] = {
     "masked_cross_entropy_backward": (
         f"(Tensor grad_loss, {_CROSS_ENTROPY_ARGS}, Tensor saved) -> Tensor"
     ),
-    # -> sums [2], counts int64 [2], saved_a, saved_b (as above)
+    # -> sums [2], each over K · max(its count, 1) where `mean`; counts int64 [2]; saved_a, saved_b
+    #    and scale [2] (as above)
     "stability_loss": (
-        f"({_STABILITY_ARGS}, bool with_grad_a, bool with_grad_b)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
+        f"({_STABILITY_ARGS}, bool with_grad_a, bool with_grad_b, bool mean)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     # -> gradients of logits_a and logits_b; an empty tensor for the one not needed
     "stability_loss_backward": (

@@ -132,7 +132,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if scale.numel():
         grad_loss = grad_loss * scale
     if target is None:
-        if may_scale_in_place(saved, logits):
+        if may_scale_in_place(ctx, saved, logits):
             return saved.mul_(grad_loss), *(None,) * 12
         target = saved  # stands in: not read where there is a saved gradient
     gradient = torch.ops.co2s.masked_cross_entropy_backward(
@@ -150,5 +150,5 @@ register(
     on_interpreter=_save_on_interpreter,
 )
 register("masked_cross_entropy_backward", reference=_reference_backward, fake=_fake_backward)
-register_autograd("masked_cross_entropy", _backward, _setup_context)
+masked_cross_entropy = register_autograd("masked_cross_entropy", _backward, _setup_context)
 once_differentiable("masked_cross_entropy_backward")

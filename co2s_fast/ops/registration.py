@@ -58,11 +58,41 @@ def register(
     torch.library.register_fake(f"co2s::{name}", fake, lib=LIBRARY)
 
 
-def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Register the derivative of catalogue entry `name`."""
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> Callable:
+    """Register the derivative of catalogue entry `name`.
+
+    Args:
+        name: key of `catalogue.SCHEMAS`.
+        backward: as `torch.library.register_autograd` takes it.
+        setup_context: likewise.
+
+    Returns:
+        The operator as eager code should call it, with all arguments by position: the same results
+        and derivative for less time in Python, most of which torch.library's own wrapper of a
+        derivative takes. The backward may overwrite the saved tensors among the results.
+    """
     torch.library.register_autograd(
         f"co2s::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
+    operator = getattr(torch.ops.co2s, name).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = operator(*args)
+        setup_context(ctx, args, output)
+        ctx.may_overwrite_saved = True
+        return output
+
+    title = "".join(part.capitalize() for part in name.split("_"))
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(title, (torch.autograd.Function,), functions)
+
+    def call(*args: Any) -> Any:
+        # torch.compile and torch.export trace the operator itself, torch.func transforms it.
+        if torch.compiler.is_compiling() or _transforms_are_active():
+            return operator(*args)
+        return function.apply(*args)
+
+    return call
 
 
 def once_differentiable(name: str) -> None:
@@ -80,20 +110,26 @@ def once_differentiable(name: str) -> None:
     register_autograd(name, backward, setup_context)
 
 
+# Private in PyTorch, whose own autograd.Function asks it.
+_transforms_are_active = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: True
+)
 # Private in PyTorch, whose own compiled backward asks it; without it nothing is scaled in place.
 _graph_is_kept = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
 
 
-def may_scale_in_place(saved: Tensor, logits: Tensor) -> bool:
+def may_scale_in_place(ctx: Any, saved: Tensor, logits: Tensor) -> bool:
     """Whether a backward may multiply the saved gradient where it is and return that memory.
 
-    Its node is released next, unless the engine was asked to keep the graph, and nobody else reads
-    what it saved. This spares a tensor of the logits' size.
+    Its node is released next, unless the engine was asked to keep the graph. Who called what
+    `register_autograd` returns does not read what it saved; who called the operator itself might.
+    This spares a tensor of the logits' size.
     """
     return (
-        saved.numel() > 0
+        getattr(ctx, "may_overwrite_saved", False)
+        and saved.numel() > 0
         and saved.dtype == logits.dtype
         and type(saved) is Tensor  # not while torch.compile traces
         and not torch.is_grad_enabled()

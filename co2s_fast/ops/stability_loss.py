@@ -46,14 +46,15 @@ def _gradients(
     )
 
 
-def _reference(
-    logits_a: Tensor, logits_b: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *inputs, with_grad_a, with_grad_b = args
+def _reference(logits_a: Tensor, logits_b: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, with_grad_a, with_grad_b, mean = args
     sums, counts = reference.stability_loss(logits_a, logits_b, *inputs)
     on_cpu = logits_a.device.type == "cpu"
     saved = _gradients(logits_a, logits_b, *inputs, with_grad_a and on_cpu, with_grad_b and on_cpu)
-    return sums, counts, *saved
+    if not mean:
+        return sums, counts, *saved, sums.new_empty(0)
+    divisors = (logits_a.shape[1] * counts.clamp(min=1)).to(sums.dtype)
+    return sums / divisors, counts, *saved, divisors.reciprocal()
 
 
 def _reference_backward(
@@ -73,15 +74,16 @@ def _reference_backward(
     )
 
 
-def _fake(logits_a: Tensor, logits_b: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _threshold, *size, _ignore_mask, _ignore_index, _align_corners, with_grad_a, with_grad_b = args
+def _fake(logits_a: Tensor, logits_b: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    _threshold, *size, _ignore_mask, _ignore_index, _align = args[:6]
+    with_grad_a, with_grad_b, mean = args[6:]
     sums = logits_a.new_empty((2,), dtype=reference.wide(logits_a.dtype))
     counts = logits_a.new_empty((2,), dtype=torch.int64)
     saved = (
         saved_like("stability_loss", z, wanted, size)
         for z, wanted in ((logits_a, with_grad_a), (logits_b, with_grad_b))
     )
-    return sums, counts, *saved
+    return sums, counts, *saved, sums.new_empty((2,) if mean else (0,))
 
 
 def _fake_backward(
@@ -98,8 +100,8 @@ def _fake_backward(
 
 def _save_on_interpreter(*args: Any, result: tuple) -> tuple[Tensor, ...]:
     """On the CPU the op promises the saved gradients, which Triton leaves to the backward."""
-    sums, counts, saved_a, saved_b = result
-    logits_a, logits_b, *inputs, with_grad_a, with_grad_b = args
+    sums, counts, saved_a, saved_b, scale = result
+    logits_a, logits_b, *inputs, with_grad_a, with_grad_b, _mean = args
     if with_grad_a or with_grad_b:
         from co2s_fast.kernels.stability_loss import stability_loss_backward
 
@@ -107,40 +109,42 @@ def _save_on_interpreter(*args: Any, result: tuple) -> tuple[Tensor, ...]:
             torch.ones_like(sums), logits_a.to(sums.dtype), logits_b.to(sums.dtype), *inputs,
             with_grad_a, with_grad_b, saved_a, saved_b,
         )  # fmt: skip
-    return sums, counts, saved_a, saved_b
+    return sums, counts, saved_a, saved_b, scale
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     (logits_a, logits_b, threshold, height, width, ignore_mask, ignore_index, align_corners,
-     _with_grad_a, _with_grad_b) = inputs  # fmt: skip
-    _sums, counts, saved_a, saved_b = output
-    ctx.mark_non_differentiable(counts, saved_a, saved_b)
+     _with_grad_a, _with_grad_b, _mean) = inputs  # fmt: skip
+    _sums, counts, saved_a, saved_b, scale = output
+    ctx.mark_non_differentiable(counts, saved_a, saved_b, scale)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits_a, logits_b, ignore_mask, saved_a, saved_b)
+    ctx.save_for_backward(logits_a, logits_b, ignore_mask, saved_a, saved_b, scale)
     ctx.options = (threshold, height, width, ignore_index, align_corners)
 
 
 def _backward(ctx: Any, grad_sums: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     need_a, need_b = ctx.needs_input_grad[:2]
     if grad_sums is None or not (need_a or need_b):
-        return (None,) * 10
-    logits_a, logits_b, ignore_mask, saved_a, saved_b = ctx.saved_tensors
+        return (None,) * 11
+    logits_a, logits_b, ignore_mask, saved_a, saved_b, scale = ctx.saved_tensors
     threshold, height, width, ignore_index, align_corners = ctx.options
+    if scale.numel():
+        grad_sums = grad_sums * scale
     needed = ((need_a, saved_a, logits_a), (need_b, saved_b, logits_b))
-    if all(may_scale_in_place(saved, logits) for need, saved, logits in needed if need):
+    if all(may_scale_in_place(ctx, saved, logits) for need, saved, logits in needed if need):
         return (
             saved_a.mul_(grad_sums[0]) if need_a else None,
             saved_b.mul_(grad_sums[1]) if need_b else None,
-            *(None,) * 8,
+            *(None,) * 9,
         )
     grad_a, grad_b = torch.ops.co2s.stability_loss_backward(
         grad_sums.contiguous(), logits_a, logits_b, threshold, height, width, ignore_mask,
         ignore_index, align_corners, need_a, need_b, saved_a, saved_b,
     )  # fmt: skip
-    return grad_a if need_a else None, grad_b if need_b else None, *(None,) * 8
+    return grad_a if need_a else None, grad_b if need_b else None, *(None,) * 9
 
 
 register("stability_loss", reference=_reference, fake=_fake, on_interpreter=_save_on_interpreter)
 register("stability_loss_backward", reference=_reference_backward, fake=_fake_backward)
-register_autograd("stability_loss", _backward, _setup_context)
+stability_loss = register_autograd("stability_loss", _backward, _setup_context)
 once_differentiable("stability_loss_backward")

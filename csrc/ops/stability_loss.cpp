@@ -2,6 +2,8 @@
 
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "ops/run_bands.h"
 
 namespace co2s {
@@ -88,23 +90,30 @@ Result run_wide(const Inputs& in, const bool (&need)[2], const double (&scale)[2
                                                   : run<float>(in, need, scale, dtype);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stability_loss(
+PairTensors stability_loss(
     const at::Tensor& logits_a, const at::Tensor& logits_b, double threshold, int64_t height,
     int64_t width, const OptionalTensor& ignore_mask, int64_t ignore_index, bool align_corners,
-    bool with_grad_a, bool with_grad_b) {
+    bool with_grad_a, bool with_grad_b, bool mean) {
   const Inputs in{logits_a,    logits_b,     threshold,    height, width,
                   ignore_mask, ignore_index, align_corners};
   const at::ScalarType wide = wide_dtype(logits_a);
   Result result = run_wide(in, {with_grad_a, with_grad_b}, {1, 1}, {wide, wide});
   const auto options = at::TensorOptions().dtype(wide);
-  at::Tensor sums = at::empty({2}, at::TensorOptions().dtype(at::kDouble));
+  const auto exact = at::TensorOptions().dtype(at::kDouble);
+  at::Tensor sums = at::empty({2}, exact), scale = at::empty({mean ? 2 : 0}, exact);
   at::Tensor counts = at::empty({2}, at::TensorOptions().dtype(at::kLong));
   for (int i = 0; i < 2; ++i) {
-    sums.mutable_data_ptr<double>()[i] = result.sums.sum[i];
+    double divisor = 1;
+    if (mean) {
+      const int64_t pixels = std::max<int64_t>(result.sums.count[i], 1);
+      divisor = static_cast<double>(logits_a.size(1) * pixels);
+      scale.mutable_data_ptr<double>()[i] = 1 / divisor;
+    }
+    sums.mutable_data_ptr<double>()[i] = result.sums.sum[i] / divisor;
     counts.mutable_data_ptr<int64_t>()[i] = result.sums.count[i];
     if (!result.gradient[i].defined()) result.gradient[i] = at::empty({0}, options);
   }
-  return {sums.to(wide), counts, result.gradient[0], result.gradient[1]};
+  return {sums.to(wide), counts, result.gradient[0], result.gradient[1], scale.to(wide)};
 }
 
 std::tuple<at::Tensor, at::Tensor> stability_loss_backward(

@@ -14,6 +14,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 // What masked_cross_entropy returns: the loss, the counts, the saved gradient and the scale of a
 // mean; the last two may be empty.
 using LossTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// A pair of losses [2] (sums or means), their counts, both saved gradients, one over the divisors.
+using PairTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // logits [B,K,h,w] of a floating dtype on the CPU; raises a clear error otherwise.
 LogitsView logits_view(const at::Tensor& logits, const char* name);

@@ -36,11 +36,35 @@ def test_every_provider_gets_every_round_and_every_mode():
 def test_turns_rotate(monkeypatch):
     order = []
     monkeypatch.setattr(
-        harness, "_sample", lambda workload, flush, passes: order.append(workload) or {}
+        harness, "_sampler", lambda workload, flush: lambda: order.append(workload) or {}
     )
     harness.measure(case("squares"), CPU, repeats=2)
     first, second, third, fourth = map(id, order)
     assert (first, second) == (fourth, third)
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 5.0  # milliseconds that the sleep before took
+
+
+@pytest.mark.parametrize(("launch_s", "wanted_s"), [(0.0, 0.005), (0.02, 0.03), (0.06, 0.05)])
+def test_a_gpu_waits_until_a_pass_is_launched(launch_s, wanted_s, monkeypatch):
+    slept, clock = [], [7.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    workload = harness.Workload(lambda: clock.append(clock.pop() + launch_s))
+    cycles = harness._head_start(workload)
+    assert slept == [harness._CLOCK_CYCLES]
+    assert cycles * 0.005 / slept[0] == pytest.approx(wanted_s)
 
 
 def test_a_wrong_provider_is_named_and_not_timed():

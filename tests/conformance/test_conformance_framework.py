@@ -66,15 +66,15 @@ def op_arguments(target, dtype):
     pair = (0.5, *size, ignore, 255, False)
     return [
         (ops.softmax_confidence, (frozen, *size, False)),
-        (ops.masked_cross_entropy, (z, *full, False, False, True, -1)),
+        (ops.masked_cross_entropy, (z, *full, False, False, True, 1)),
         (ops.masked_cross_entropy, (z, *full, False, False, False, 0)),
         (ops.masked_cross_entropy, (z, *full, True, True, True, -1)),
         (ops.masked_cross_entropy, (frozen, *bare, False, False, False, 1)),
         (ops.masked_cross_entropy_backward, (one, frozen, *full, False, False, empty)),
         (ops.masked_cross_entropy_backward,
          (confidence.to(wide), frozen, *bare, True, False, empty)),
-        (ops.stability_loss, (z, y, *pair, True, True)),
-        (ops.stability_loss, (z, frozen, *pair, True, False)),
+        (ops.stability_loss, (z, y, *pair, True, True, True)),
+        (ops.stability_loss, (z, frozen, *pair, True, False, False)),
         (ops.stability_loss_backward,
          (one.expand(2).clone(), frozen, y.detach(), *pair, True, False, empty, empty)),
         (ops.confusion_matrix,

@@ -228,7 +228,7 @@ def test_triton_kernels_make_no_tensor_of_that_size(classes):
     with LargestTensor() as seen:
         _, _, saved, _ = cross_entropy(a, *labels, True, 0)
         cross_entropy_backward(one, a, *labels, saved)
-        stability(a, b, *pair)
+        stability(a, b, *pair, True)
         stability_backward(torch.ones(2, device=device), a, b, *pair, saved, saved)
         implementation("softmax_confidence", "triton")(a, side, side, False)
         implementation("confusion_matrix", "triton")(a, label, 255, False, matrix)

@@ -118,7 +118,7 @@ def call_launchers(dtype: torch.dtype, num_classes: int, align_corners: bool, wi
         masked_cross_entropy_backward(grad, logits, *labels, mixed, align_corners, grad)
         mask = ignore if mixed else None
         pair = (logits, logits, 0.95, out, out, mask, 255, align_corners, True, True)
-        stability_loss(*pair)
+        stability_loss(*pair, mixed)
         stability_loss_backward(torch.ones(2), *pair, grad, grad)
         matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         confusion_matrix(logits, target, 255, align_corners, matrix)

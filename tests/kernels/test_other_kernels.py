@@ -35,7 +35,12 @@ def check_stability(a, b, out, align_corners, mask, needs) -> None:
     wanted, wanted_counts = reference.stability_loss(*exact, *options)
     upstream = torch.tensor([1.7, -0.3], device=a.device)
     wanted_grads = torch.autograd.grad((wanted * upstream.double()).sum(), exact)
-    sums, counts, *saved = stability_loss(a, b, *options, True, True)
+    divisors = a.shape[1] * wanted_counts.double()
+    means, _, *_, scale = stability_loss(a, b, *options, True, True, True)
+    torch.testing.assert_close(means.double(), wanted / divisors, rtol=2e-6, atol=1e-9)
+    torch.testing.assert_close(scale.double(), 1 / divisors, rtol=1e-6, atol=0)
+    sums, counts, *saved, none = stability_loss(a, b, *options, True, True, False)
+    assert none.shape == (0,)
     grads = stability_loss_backward(upstream, a, b, *options, *needs, *saved)
     assert counts.tolist() == wanted_counts.tolist() and min(counts.tolist()) > 0
     torch.testing.assert_close(sums.double(), wanted, rtol=2e-6, atol=2e-6)
@@ -74,7 +79,7 @@ def test_stability_splits_groups_and_no_mask(device, monkeypatch) -> None:
 def test_equal_students_both_learn_nothing(classes, out, device) -> None:
     a = torch.randn(1, classes, 3, 3, device=device) * 9
     b = a.to(memory_format=torch.channels_last)
-    sums, counts, *saved = stability_loss(a, b, 0.3, *out, None, 255, False, True, True)
+    sums, counts, *saved, _ = stability_loss(a, b, 0.3, *out, None, 255, False, True, True, False)
     assert counts[0].item() == counts[1].item() > 0 and sums.tolist() == [0, 0]
     grads = stability_loss_backward(
         torch.ones(2, device=device), a, b, 0.3, *out, None, 255, False, True, True, *saved
@@ -87,8 +92,11 @@ def test_nan_student_neither_teaches_nor_learns(out, device) -> None:
     a = torch.randn(1, 3, 2, 2, device=device)
     a[:, 0] += 9
     b = torch.full_like(a, float("nan"))
-    sums, counts, *saved = stability_loss(a, b, 0.5, *out, None, 255, False, True, True)
+    sums, counts, *saved, scale = stability_loss(
+        a, b, 0.5, *out, None, 255, False, True, True, True
+    )
     assert sums.tolist() == [0, 0] and counts.tolist() == [0, 0]
+    torch.testing.assert_close(scale.cpu(), torch.full((2,), 1 / 3))
     grads = stability_loss_backward(
         torch.ones(2, device=device), a, b, 0.5, *out, None, 255, False, True, True, *saved
     )
@@ -97,8 +105,11 @@ def test_nan_student_neither_teaches_nor_learns(out, device) -> None:
 
 def test_stability_of_empty_batch(device) -> None:
     a = torch.zeros(0, 3, 2, 2, device=device)
-    sums, counts, *saved = stability_loss(a, a, 0.9, 4, 4, None, 255, False, True, True)
+    sums, counts, *saved, scale = stability_loss(
+        a, a, 0.9, 4, 4, None, 255, False, True, True, True
+    )
     assert sums.tolist() == [0, 0] and counts.tolist() == [0, 0]
+    torch.testing.assert_close(scale.cpu(), torch.full((2,), 1 / 3))
     options = (sums, a, a, 0.9, 4, 4, None, 255, False, True, True, *saved)
     assert stability_loss_backward(*options)[0].shape == a.shape
 

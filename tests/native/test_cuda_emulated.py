@@ -150,7 +150,12 @@ def check_stability(ops, grid, classes, dtype):
     (truth * scale.double()).sum().backward()
     for need in ((True, True), (True, False), (False, True)):
         for save in (need, (False, False)):
-            sums, counts, *saved = ops.stability_loss(a, b, *own, *save)
+            divisors = classes * truth_counts.clamp(min=1).to(wide)
+            means, _, *_, inverse = ops.stability_loss(a, b, *own, *save, True)
+            close(means, truth.detach() / divisors, wide, grid, f"means, {dtype}")
+            close(inverse, 1 / divisors, wide, grid, f"scale, {dtype}")
+            sums, counts, *saved, none = ops.stability_loss(a, b, *own, *save, False)
+            assert none.shape == (0,)
             if counts.tolist() != truth_counts.tolist():  # a decision at the edge of rounding
                 pytest.fail(f"counts {counts.tolist()}, not {truth_counts.tolist()}, {dtype}")
             assert sums.dtype == wide
@@ -222,7 +227,7 @@ def test_no_tensor_of_full_resolution(classes, ops):
     calls = {
         "loss": lambda: ops.masked_cross_entropy(a, *own, True, 0),
         "loss backward": lambda: ops.masked_cross_entropy_backward(one, a, *own, empty),
-        "stability": lambda: ops.stability_loss(a, b, *pair),
+        "stability": lambda: ops.stability_loss(a, b, *pair, True),
         "stability backward": lambda: ops.stability_loss_backward(
             torch.ones(2), a, b, *pair, empty, empty
         ),

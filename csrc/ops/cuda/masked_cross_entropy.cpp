@@ -116,7 +116,7 @@ LossTensors forward(const Inputs& in, bool per_pixel, bool with_grad, int64_t me
     launch_cross_entropy(problem, device.stream());
   }
   Totals<T> totals{per_pixel ? 0 : 1, loss.mutable_data_ptr<T>(),
-                   counts.mutable_data_ptr<int64_t>(), nullptr, static_cast<int>(mean_over)};
+                   counts.mutable_data_ptr<int64_t>(), nullptr, {static_cast<int>(mean_over), 0}};
   if (mean_over >= 0) totals.scale = scale.mutable_data_ptr<T>();
   launch_sum_partials(problem.partial, blocks, totals, device.stream());
   return {loss, counts, saved, scale};

@@ -14,14 +14,16 @@ struct Partial {
   int64_t count[2];
 };
 
-// Where the sums of the partials go: `values` of the sums (0, 1 or 2) and both counts. With `scale`,
-// sums become means over the count `mean_over`, at least 1, and `scale` one over it.
+// Where the sums of the partials go: `values` of the sums (0, 1 or 2) and both counts. With `scale`
+// [values], sum i becomes a mean over `times` · the count `mean_over[i]`, taken as at least 1, and
+// `scale[i]` is one over that.
 template <class T> struct Totals {
   int values;
   T* sums;
   int64_t* counts;
   T* scale = nullptr;
-  int mean_over = 0;
+  int mean_over[2] = {0, 1};
+  int64_t times = 1;
 };
 
 // How many classes the kernels for K classes keep in registers; 0: none, they are read in passes.

@@ -53,9 +53,7 @@ template <class T> StabilityProblem<T> prepare(const Inputs& in) {
 }
 
 template <class T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Inputs& in,
-                                                                   bool with_grad_a,
-                                                                   bool with_grad_b) {
+PairTensors forward(const Inputs& in, bool with_grad_a, bool with_grad_b, bool mean) {
   const OnDeviceOf device(in.logits_a);
   StabilityProblem<T> problem = prepare<T>(in);
   const auto wide = in.logits_a.options().dtype(wide_dtype(in.logits_a));
@@ -72,9 +70,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Inputs&
     problem.gradient[i] = want[i] ? saved[i].data_ptr() : nullptr;
   }
   if (problem.logits[0].batch == 0) {
-    return {at::zeros({2}, wide), at::zeros({2}, whole), saved[0], saved[1]};
+    return {at::zeros({2}, wide), at::zeros({2}, whole), saved[0], saved[1],
+            at::full({mean ? 2 : 0}, 1.0 / static_cast<double>(in.logits_a.size(1)), wide)};
   }
   at::Tensor sums = at::empty({2}, wide), counts = at::empty({2}, whole);
+  at::Tensor scale = at::empty({mean ? 2 : 0}, wide);
   int64_t blocks = problem.blocks.all;
   if (fused) blocks = count_tiles(problem.grid, problem.logits[0], problem.registers, 2);
   const at::Tensor partial = new_partials(blocks, in.logits_a);
@@ -84,9 +84,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Inputs&
   } else {
     launch_stability(problem, device.stream());
   }
-  const Totals<T> totals{2, sums.mutable_data_ptr<T>(), counts.mutable_data_ptr<int64_t>()};
+  Totals<T> totals{2, sums.mutable_data_ptr<T>(), counts.mutable_data_ptr<int64_t>()};
+  if (mean) {
+    totals.scale = scale.mutable_data_ptr<T>();
+    totals.times = in.logits_a.size(1);
+  }
   launch_sum_partials(problem.partial, blocks, totals, device.stream());
-  return {sums, counts, saved[0], saved[1]};
+  return {sums, counts, saved[0], saved[1], scale};
 }
 
 // Through up(), many classes: groups of images, so that the scratch stays small.
@@ -135,14 +139,15 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_sums, const I
   return {gradient[0], gradient[1]};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> stability_loss(
+PairTensors stability_loss(
     const at::Tensor& logits_a, const at::Tensor& logits_b, double threshold, int64_t height,
     int64_t width, const OptionalTensor& ignore_mask, int64_t ignore_index, bool align_corners,
-    bool with_grad_a, bool with_grad_b) {
+    bool with_grad_a, bool with_grad_b, bool mean) {
   const Inputs in{logits_a,    logits_b,     threshold,    height, width,
                   ignore_mask, ignore_index, align_corners};
-  return logits_a.scalar_type() == at::kDouble ? forward<double>(in, with_grad_a, with_grad_b)
-                                               : forward<float>(in, with_grad_a, with_grad_b);
+  return logits_a.scalar_type() == at::kDouble
+             ? forward<double>(in, with_grad_a, with_grad_b, mean)
+             : forward<float>(in, with_grad_a, with_grad_b, mean);
 }
 
 std::tuple<at::Tensor, at::Tensor> stability_loss_backward(

@@ -20,15 +20,16 @@ __global__ void __launch_bounds__(kThreads)
     value[j] = block_sum(value[j]);
   }
   if (threadIdx.x != 0) return;
-  for (int j = 0; j < 2; ++j) totals.counts[j] = count[j];
-  double divisor = 1;
-  if (totals.scale != nullptr) {
-    const long long chosen = totals.mean_over == 0 ? count[0] : count[1];
-    divisor = static_cast<double>(chosen > 1 ? chosen : 1);
-    *totals.scale = static_cast<T>(1 / divisor);
-  }
   for (int j = 0; j < 2; ++j) {
-    if (j < totals.values) totals.sums[j] = static_cast<T>(value[j] / divisor);
+    totals.counts[j] = count[j];
+    if (j >= totals.values) continue;
+    double divisor = 1;
+    if (totals.scale != nullptr) {
+      const long long chosen = totals.mean_over[j] == 0 ? count[0] : count[1];
+      divisor = static_cast<double>(totals.times * (chosen > 1 ? chosen : 1));
+      totals.scale[j] = static_cast<T>(1 / divisor);
+    }
+    totals.sums[j] = static_cast<T>(value[j] / divisor);
   }
 }
 
