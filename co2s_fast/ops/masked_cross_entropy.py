@@ -9,11 +9,12 @@ from torch import Tensor
 
 from co2s_fast.ops import dispatch, reference
 from co2s_fast.ops.registration import (
-    may_scale_in_place,
+    may_scale_saved,
     once_differentiable,
     register,
     register_autograd,
     saved_like,
+    scale_saved,
 )
 
 
@@ -131,9 +132,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     threshold, ignore_index, per_pixel, align_corners = ctx.options
     if scale.numel():
         grad_loss = grad_loss * scale
+    if may_scale_saved(ctx, saved):
+        return scale_saved(saved, grad_loss, logits), *(None,) * 12
     if target is None:
-        if may_scale_in_place(ctx, saved, logits):
-            return saved.mul_(grad_loss), *(None,) * 12
         target = saved  # stands in: not read where there is a saved gradient
     gradient = torch.ops.co2s.masked_cross_entropy_backward(
         grad_loss.contiguous(), logits, target, confidence, threshold, ignore_mask, ignore_index,

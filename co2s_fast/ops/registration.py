@@ -120,21 +120,28 @@ _graph_is_kept = getattr(
 )
 
 
-def may_scale_in_place(ctx: Any, saved: Tensor, logits: Tensor) -> bool:
-    """Whether a backward may multiply the saved gradient where it is and return that memory.
+def may_scale_saved(ctx: Any, *saved: Tensor) -> bool:
+    """Whether a backward may call `scale_saved` for each of `saved` in place of its own operator.
 
-    Its node is released next, unless the engine was asked to keep the graph. Who called what
-    `register_autograd` returns does not read what it saved; who called the operator itself might.
-    This spares a tensor of the logits' size.
+    Not where one of them is empty, a derivative of the result is wanted, or the call is traced; nor
+    where the caller of the operator itself holds what it saved.
     """
     return (
         getattr(ctx, "may_overwrite_saved", False)
-        and saved.numel() > 0
-        and saved.dtype == logits.dtype
-        and type(saved) is Tensor  # not while torch.compile traces
+        and all(type(tensor) is Tensor and tensor.numel() > 0 for tensor in saved)
         and not torch.is_grad_enabled()
-        and not _graph_is_kept()
     )
+
+
+def scale_saved(saved: Tensor, upstream: Tensor, logits: Tensor) -> Tensor:
+    """The saved gradient times `upstream`, in the logits' dtype and contiguous, in one launch.
+
+    Of the logits' dtype it is multiplied where it is, which spares a tensor of that size: its node
+    is released next, unless the engine was asked to keep the graph.
+    """
+    if saved.dtype == logits.dtype and not _graph_is_kept():
+        return saved.mul_(upstream)
+    return torch.mul(saved, upstream, out=logits.new_empty(saved.shape))
 
 
 # Up to so many classes the CUDA kernels find the gradient on the way to the loss (kMostTransposed

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from co2s_fast.ops import reference
 from co2s_fast.ops.registration import (
-    may_scale_in_place,
+    may_scale_saved,
     once_differentiable,
     register,
     register_autograd,
     saved_like,
+    scale_saved,
 )
 
 
@@ -130,11 +131,11 @@ def _backward(ctx: Any, grad_sums: Tensor | None, *_: Any) -> tuple[Tensor | Non
     threshold, height, width, ignore_index, align_corners = ctx.options
     if scale.numel():
         grad_sums = grad_sums * scale
-    needed = ((need_a, saved_a, logits_a), (need_b, saved_b, logits_b))
-    if all(may_scale_in_place(ctx, saved, logits) for need, saved, logits in needed if need):
+    needed = ((need_a, saved_a), (need_b, saved_b))
+    if may_scale_saved(ctx, *(saved for need, saved in needed if need)):
         return (
-            saved_a.mul_(grad_sums[0]) if need_a else None,
-            saved_b.mul_(grad_sums[1]) if need_b else None,
+            scale_saved(saved_a, grad_sums[0], logits_a) if need_a else None,
+            scale_saved(saved_b, grad_sums[1], logits_b) if need_b else None,
             *(None,) * 9,
         )
     grad_a, grad_b = torch.ops.co2s.stability_loss_backward(

@@ -156,11 +156,11 @@ std::tuple<at::Tensor, at::Tensor> stability_loss_backward(
     int64_t ignore_index, bool align_corners, bool need_a, bool need_b,
     const at::Tensor& saved_a, const at::Tensor& saved_b) {
   if ((!need_a || saved_a.dim() == 4) && (!need_b || saved_b.dim() == 4)) {
-    const auto scaled = [&](bool need, const at::Tensor& saved, int64_t i) {
-      return need ? saved.mul(grad_sums.select(0, i)).to(logits_a.scalar_type())
+    const auto gradient = [&](bool need, const at::Tensor& saved, int64_t i) {
+      return need ? scaled(saved, grad_sums.select(0, i), logits_a)
                   : at::empty({0}, logits_a.options());
     };
-    return {scaled(need_a, saved_a, 0), scaled(need_b, saved_b, 1)};
+    return {gradient(need_a, saved_a, 0), gradient(need_b, saved_b, 1)};
   }
   const Inputs in{logits_a,    logits_b,     threshold,    height, width,
                   ignore_mask, ignore_index, align_corners};
