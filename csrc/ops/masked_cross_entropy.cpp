@@ -159,7 +159,7 @@ at::Tensor masked_cross_entropy_backward(
     const OptionalTensor& confidence, double threshold, const OptionalTensor& ignore_mask,
     int64_t ignore_index, const OptionalTensor& class_weight, const OptionalTensor& boxes,
     const OptionalTensor& partner, bool per_pixel, bool align_corners, const at::Tensor& saved) {
-  if (!per_pixel && saved.dim() == 4) return saved.mul(grad_loss).to(logits.scalar_type());
+  if (!per_pixel && saved.dim() == 4) return scaled(saved, grad_loss, logits);
   const Inputs in{logits,       target,       confidence, threshold, ignore_mask,
                   ignore_index, class_weight, boxes,      partner,   align_corners};
   return logits.scalar_type() == at::kDouble ? backward<double>(grad_loss, in, per_pixel)

@@ -138,7 +138,7 @@ std::tuple<at::Tensor, at::Tensor> stability_loss_backward(
     gradient[1] = result.gradient[1];
   }
   for (int i = 0; i < 2; ++i) {
-    if (need[i] && !redo[i]) gradient[i] = saved[i].mul(grad_sums.select(0, i));
+    if (need[i] && !redo[i]) gradient[i] = scaled(saved[i], grad_sums.select(0, i), in.logits(i));
     gradient[i] = gradient[i].defined()
                       ? gradient[i].to(dtype[i])
                       : at::empty({0}, at::TensorOptions().dtype(dtype[i]));

@@ -32,6 +32,13 @@ Dtype dtype_of(const at::Tensor& tensor, const char* name) {
   }
 }
 
+at::Tensor scaled(const at::Tensor& saved, const at::Tensor& upstream, const at::Tensor& logits) {
+  at::Tensor gradient =
+      at::empty(saved.sizes(), logits.options(), at::MemoryFormat::Contiguous);
+  at::mul_out(gradient, saved, upstream);
+  return gradient;
+}
+
 LogitsView logits_view(const at::Tensor& logits, const char* name) {
   TORCH_CHECK_VALUE(logits.dim() == 4, name, ": expected shape [B, K, h, w], found ",
                     logits.sizes());

@@ -17,6 +17,9 @@ using LossTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // A pair of losses [2] (sums or means), their counts, both saved gradients, one over the divisors.
 using PairTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+// A saved gradient times one value, contiguous and in the logits' dtype; one launch on a GPU.
+at::Tensor scaled(const at::Tensor& saved, const at::Tensor& upstream, const at::Tensor& logits);
+
 // logits [B,K,h,w] of a floating dtype on the CPU; raises a clear error otherwise.
 LogitsView logits_view(const at::Tensor& logits, const char* name);
 

@@ -162,13 +162,6 @@ at::Tensor new_partials(int64_t blocks, const at::Tensor& on) {
   return at::empty({std::max<int64_t>(blocks, 1), 4}, on.options().dtype(at::kLong));
 }
 
-at::Tensor scaled(const at::Tensor& saved, const at::Tensor& upstream, const at::Tensor& logits) {
-  at::Tensor gradient =
-      at::empty(saved.sizes(), logits.options(), at::MemoryFormat::Contiguous);
-  at::mul_out(gradient, saved, upstream);
-  return gradient;
-}
-
 int64_t images_at_once(int64_t batch, int64_t height, int64_t width, int64_t bytes_a_pixel) {
   const int64_t fitting = kScratchBytes / (height * width * bytes_a_pixel);
   return std::clamp<int64_t>(fitting, 1, std::max<int64_t>(batch, 1));

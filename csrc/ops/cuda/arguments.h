@@ -68,9 +68,6 @@ Choice choose(const LogitsView* logits, int students, bool equal, int64_t batch,
 
 at::Tensor new_partials(int64_t blocks, const at::Tensor& on);
 
-// A saved gradient times one value, contiguous and in the logits' dtype, in one launch.
-at::Tensor scaled(const at::Tensor& saved, const at::Tensor& upstream, const at::Tensor& logits);
-
 // How many tiles make_tiles cuts the batch into, for all classes of `gradients` students.
 template <class T>
 int64_t count_tiles(const Grid<T>& grid, const LogitsView& logits, int registers, int gradients) {
