@@ -6,8 +6,8 @@ Same result as `Student.features` and `Student.decode` (a test holds them to it)
   over them K times; the pooled branch is spread over the map and concatenated; dilated convolutions
   read padding with all their taps; class attention computes the text half it then drops; maps are
   in the usual (channels first) layout;
-- CLIP tower: value paths compute queries and keys, too, and the last block's ordinary path is run
-  though nothing reads it.
+- CLIP tower: value paths compute queries and keys, too, the last block's ordinary path is run
+  though nothing reads it, and the activation keeps two tensors for the backward pass.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from co2s_fast.models.clip import ClipBackbone
 from co2s_fast.models.decoder import ASPP, ClassAttention, QueryDecoder, Upsample
+from co2s_fast.models.layers import QUICK, QuickGELU
 from co2s_fast.models.stem import ConvStem
 from co2s_fast.models.student import Student
 
@@ -45,7 +46,7 @@ def _clip_features(backbone: ClipBackbone, images: Tensor) -> list[Tensor]:
         value = _value_path(block, x)[:, 1:]
         if index in backbone.levels:
             maps.append(_to_map(value, grid))
-        x = block(x)
+        x = _ordinary_path(block, x)
     deep = F.normalize(visual.ln_post(value) @ visual.proj, dim=-1)
     return [*maps, _to_map(deep, grid)]
 
@@ -54,7 +55,20 @@ def _value_path(block: nn.Module, x: Tensor) -> Tensor:
     attention = block.attn
     qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
     x = x + block.ls_1(attention.out_proj(qkv.chunk(3, -1)[2]))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
+
+
+def _ordinary_path(block: nn.Module, x: Tensor) -> Tensor:
+    normed = block.ln_1(x)
+    x = x + block.ls_1(block.attn(normed, normed, normed, need_weights=False)[0])
+    return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """With CLIP's activation as open_clip has it."""
+    x = mlp.c_fc(x)
+    x = x * torch.sigmoid(QUICK * x) if isinstance(mlp.gelu, QuickGELU) else mlp.gelu(x)
+    return mlp.c_proj(x)
 
 
 def _to_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from co2s_fast.errors import UsageError
+from co2s_fast.models.layers import QuickGELU, use_fast_layer_norms
 from co2s_fast.models.lora import LoraAttention
 from co2s_fast.models.self_attention import SelfAttention
 from co2s_fast.models.stem import ConvStem
@@ -73,6 +74,8 @@ class ClipBackbone(nn.Module):
         stem_skips: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
+        from open_clip import transformer as open_clip
+
         super().__init__()
         _check_tower(visual, levels)
         self.depth = len(visual.transformer.resblocks)
@@ -83,8 +86,11 @@ class ClipBackbone(nn.Module):
         # The tower's own attributes are taken over rather than the tower, so that nothing which
         # is never evaluated (pooling, token dropping) stays in the state dict.
         self.visual = visual
+        use_fast_layer_norms(visual, {open_clip.LayerNorm})
         for block in visual.transformer.resblocks:
             block.attn = SelfAttention.of(block.attn)
+            if isinstance(block.mlp.gelu, open_clip.QuickGELU):
+                block.mlp.gelu = QuickGELU()
         if stem is not None:
             visual.conv1 = stem
         width = visual.class_embedding.shape[0]

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from co2s_fast.models.config import DecoderConfig
+from co2s_fast.models.layers import GroupNorm, LayerNorm
 from co2s_fast.models.self_attention import SelfAttention
 
 
-def _group_norm(channels: int, group_channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // group_channels, channels)
+def _group_norm(channels: int, group_channels: int) -> GroupNorm:
+    return GroupNorm(channels // group_channels, channels)
 
 
 def _fast_layout(x: Tensor) -> Tensor:
@@ -84,9 +85,9 @@ class ClassAttention(nn.Module):
         width = config.channels + config.text_channels
         hidden = int(width * config.mlp_ratio)
         self.pool = config.pool
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attention = SelfAttention(width, config.heads, batch_first=True)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from co2s_fast.errors import UsageError
+from co2s_fast.models.layers import use_fast_layer_norms
 from co2s_fast.models.relative import free_grid
 from co2s_fast.models.stem import ConvStem
 
@@ -89,8 +90,11 @@ class TimmBackbone(nn.Module):
         rope: str = "fp32",
         gradient_checkpointing: bool = False,
     ) -> None:
+        import timm
+
         super().__init__()
         _check_model(model, levels)
+        use_fast_layer_norms(model, {nn.LayerNorm, timm.layers.LayerNorm})
         self.model = model
         self.levels = tuple(levels)
         self.patch_size = int(model.patch_embed.patch_size[0])

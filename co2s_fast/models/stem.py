@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from co2s_fast.errors import UsageError
+from co2s_fast.models.layers import GroupNorm
 
 
 class ConvStem(nn.Module):
@@ -32,7 +33,7 @@ class ConvStem(nn.Module):
         self.stages = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(before, out, 3, stride=2, padding=1, bias=False),
-                nn.GroupNorm(max(1, out // 16), out),
+                GroupNorm(max(1, out // 16), out),
                 nn.GELU(),
             )
             for before, out in zip(ins, self.widths, strict=True)

@@ -1,0 +1,58 @@
+"""Layers that take less memory and time in half types, with the parameters of torch's own.
+
+Autocast evaluates norms in float32: it copies their input, keeps the copy for the backward pass,
+and hands on an output that the next layer rounds again. The kernels for half types sum in float32
+all the same; what differs is that scale and shift are rounded, as all other weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from timm.layers.fast_norm import fast_group_norm, fast_layer_norm
+from torch import Tensor, nn
+
+QUICK = 1.702  # the slope of CLIP's approximation of GELU
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` that stays in autocast's type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, ...] to the same shape."""
+        if not torch.is_autocast_enabled(input.device.type):  # exporters see the plain operator
+            return super().forward(input)
+        return fast_group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` that stays in autocast's type."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., C] to the same shape."""
+        if not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        return fast_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def use_fast_layer_norms(module: nn.Module, kinds: Collection[type[nn.LayerNorm]]) -> None:
+    """Exchange the layer norms inside `module` that are exactly of `kinds`.
+
+    Parameters and their names stay. Other kinds may normalise another dimension, or want float32.
+    """
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) in kinds:
+                taken = LayerNorm.__new__(LayerNorm)
+                taken.__dict__.update(child.__dict__)
+                setattr(parent, name, taken)
+
+
+class QuickGELU(nn.Module):
+    """`x · sigmoid(1.702 x)` by way of SiLU, which keeps one tensor to differentiate, not two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, to the same."""
+        return F.silu(QUICK * x) / QUICK

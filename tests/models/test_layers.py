@@ -1,0 +1,105 @@
+"""Norms that stay in autocast's type, and CLIP's activation by way of SiLU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import open_clip.transformer
+import pytest
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from co2s_fast.models import build_student, tiny_clip_config, tiny_ssm_config
+from co2s_fast.models.layers import GroupNorm, LayerNorm, QuickGELU, use_fast_layer_norms
+
+SHAPES = {GroupNorm: (3, 16, 5, 7), LayerNorm: (3, 5, 16)}
+
+
+def pair(kind: type[nn.Module]) -> tuple[nn.Module, nn.Module, Tensor]:
+    """Ours, torch's with the same random parameters, and an input."""
+    torch.manual_seed(0)
+    plain = nn.GroupNorm(4, 16) if kind is GroupNorm else nn.LayerNorm(16)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, 1.0, 0.3)
+    ours = GroupNorm(4, 16) if kind is GroupNorm else LayerNorm(16)
+    ours.load_state_dict(plain.state_dict())
+    return ours, plain, torch.randn(SHAPES[kind], requires_grad=True)
+
+
+def kept_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes of activations that the backward pass of `module(x)` holds on to."""
+    own = {p.data_ptr() for p in module.parameters()}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x)
+    return sum(t.nbytes for t in kept.values())
+
+
+@pytest.mark.parametrize("kind", [GroupNorm, LayerNorm])
+def test_norm_is_torchs_own_without_autocast(kind):
+    ours, plain, x = pair(kind)
+    assert torch.equal(ours(x), plain(x))
+
+
+@pytest.mark.parametrize("kind", [GroupNorm, LayerNorm])
+def test_norm_stays_in_autocasts_type(kind):
+    ours, plain, x = pair(kind)
+    exact = plain(x)
+    upstream = torch.randn_like(exact)
+    wanted = torch.autograd.grad(exact, [x, *plain.parameters()], upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(x)
+    found = torch.autograd.grad(out, [x, *ours.parameters()], upstream.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.02)
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [GroupNorm, LayerNorm])
+def test_norm_on_a_gpu_sums_in_float32(kind):
+    """A mean far off zero would cost most digits if its sums were rounded."""
+    ours, plain, x = pair(kind)
+    ours, plain, x = ours.cuda(), plain.cuda(), (x + 8).cuda().bfloat16()
+    with torch.autocast("cuda", torch.bfloat16):
+        out = ours(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), plain(x.float()), atol=0.03, rtol=0.02)
+
+
+def test_quick_gelu_is_clips_and_keeps_half():
+    ours, plain = QuickGELU(), open_clip.transformer.QuickGELU()
+    x = torch.linspace(-12, 12, 1001, dtype=torch.float64, requires_grad=True)
+    out, wanted = ours(x), plain(x)
+    torch.testing.assert_close(out, wanted)
+    upstream = torch.randn_like(out)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, upstream)[0] for y in (out, wanted)))
+    assert kept_bytes(ours, x) == x.nbytes
+    assert kept_bytes(plain, x) == 2 * x.nbytes
+
+
+def test_only_the_asked_for_norms_are_exchanged():
+    module = nn.Sequential(nn.LayerNorm(4), timm.layers.LayerNorm2d(4), nn.Linear(4, 4))
+    state = dict(module.state_dict())
+    use_fast_layer_norms(module, {nn.LayerNorm})
+    assert [type(each) for each in module] == [LayerNorm, timm.layers.LayerNorm2d, nn.Linear]
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [tiny_clip_config, tiny_ssm_config])
+def test_students_have_them(make):
+    classes = [SimpleNamespace(name=f"c{i}", concepts=[f"c{i}"]) for i in range(3)]
+    student = build_student(make(), classes, seed=0)
+    norms = [m for m in student.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)]
+    assert norms
+    assert all(isinstance(m, LayerNorm | GroupNorm) for m in norms)
+    assert not any(isinstance(m, open_clip.transformer.QuickGELU) for m in student.modules())
