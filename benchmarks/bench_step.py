@@ -123,6 +123,8 @@ def eager_step(
 ) -> Callable[[], Tensor]:
     """One released training step as a function without arguments."""
     students = make_students(device, tiny)
+    if not ours:
+        students = {name: released.with_plain_layers(s) for name, s in students.items()}
     ways = {name: networks(student, ours, compiled) for name, student in students.items()}
     batch = make_batch(device, crop, THRESHOLD)
     images = Images.random(crop, device).views

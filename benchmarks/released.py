@@ -7,22 +7,47 @@ Same result as `Student.features` and `Student.decode` (a test holds them to it)
   read padding with all their taps; class attention computes the text half it then drops; maps are
   in the usual (channels first) layout;
 - CLIP tower: value paths compute queries and keys, too, the last block's ordinary path is run
-  though nothing reads it, and the activation keeps two tensors for the backward pass.
+  though nothing reads it, and positions are resized in every pass;
+- layers are the libraries' own (`with_plain_layers`): norms that autocast evaluates in float32, an
+  activation that keeps two tensors for the backward pass, rotary embedding half by half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from open_clip import transformer as open_clip
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from co2s_fast.models.clip import ClipBackbone
+from co2s_fast.models.clip import ClipBackbone, resize_positions
 from co2s_fast.models.decoder import ASPP, ClassAttention, QueryDecoder, Upsample
-from co2s_fast.models.layers import QUICK, QuickGELU
+from co2s_fast.models.layers import GroupNorm, LayerNorm, QuickGELU
+from co2s_fast.models.rotary import RotaryAttention
 from co2s_fast.models.stem import ConvStem
 from co2s_fast.models.student import Student
+
+
+def with_plain_layers(student: Student) -> Student:
+    """The student, its layers exchanged for the libraries' own: same parameters and results."""
+    plain = {
+        GroupNorm: nn.GroupNorm,
+        LayerNorm: nn.LayerNorm,
+        QuickGELU: open_clip.QuickGELU,
+        RotaryAttention: EvaAttention,
+    }
+    towers = [student.backbone] if isinstance(student.backbone, ClipBackbone) else []
+    for tower in towers:  # its norms give back the type that they were given
+        _exchange(tower, plain | {LayerNorm: open_clip.LayerNorm})
+    _exchange(student, plain)
+    return student
+
+
+def _exchange(module: nn.Module, plain: Mapping[type, type]) -> None:
+    for each in module.modules():
+        each.__class__ = plain.get(type(each), type(each))
 
 
 def features(student: Student, images: Tensor) -> tuple[Tensor, ...]:
@@ -41,12 +66,15 @@ def _clip_features(backbone: ClipBackbone, images: Tensor) -> list[Tensor]:
     else:
         x = visual.conv1(images)
     grid = x.shape[-2:]
-    x = backbone._tokens(x)
+    positions = resize_positions(visual.positional_embedding, backbone.grid_size, grid)
+    cls = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+    x = torch.cat([cls, x.flatten(2).transpose(1, 2)], 1) + positions.to(x.dtype)
+    x = visual.ln_pre(x)
     for index, block in enumerate(visual.transformer.resblocks):
         value = _value_path(block, x)[:, 1:]
         if index in backbone.levels:
             maps.append(_to_map(value, grid))
-        x = _ordinary_path(block, x)
+        x = block(x)
     deep = F.normalize(visual.ln_post(value) @ visual.proj, dim=-1)
     return [*maps, _to_map(deep, grid)]
 
@@ -55,20 +83,7 @@ def _value_path(block: nn.Module, x: Tensor) -> Tensor:
     attention = block.attn
     qkv = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
     x = x + block.ls_1(attention.out_proj(qkv.chunk(3, -1)[2]))
-    return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
-
-
-def _ordinary_path(block: nn.Module, x: Tensor) -> Tensor:
-    normed = block.ln_1(x)
-    x = x + block.ls_1(block.attn(normed, normed, normed, need_weights=False)[0])
-    return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
-
-
-def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    """With CLIP's activation as open_clip has it."""
-    x = mlp.c_fc(x)
-    x = x * torch.sigmoid(QUICK * x) if isinstance(mlp.gelu, QuickGELU) else mlp.gelu(x)
-    return mlp.c_proj(x)
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def _to_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:

@@ -83,6 +83,7 @@ class ClipBackbone(nn.Module):
         self.patch_size = int(visual.patch_size[0])
         self.stem_skips = stem_skips
         self.gradient_checkpointing = gradient_checkpointing
+        self._resized: tuple[tuple, Tensor] | None = None
         # The tower's own attributes are taken over rather than the tower, so that nothing which
         # is never evaluated (pooling, token dropping) stays in the state dict.
         self.visual = visual
@@ -129,9 +130,24 @@ class ClipBackbone(nn.Module):
         maps.append(_to_map(F.normalize(deep, dim=-1), grid))
         return tuple(maps)
 
+    def _positions(self, grid: Sequence[int]) -> Tensor:
+        """The position table on a grid; kept where it is frozen, since resizing takes long."""
+        table = self.visual.positional_embedding
+        if table.requires_grad or torch.compiler.is_compiling():
+            return resize_positions(table, self.grid_size, grid)
+        key = (tuple(grid), table.device, table.data_ptr(), table._version)
+        if self._resized is None or self._resized[0] != key:
+            # A tensor made under inference_mode could not take part in a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                resized = resize_positions(table, self.grid_size, grid)
+            if type(resized) not in (Tensor, nn.Parameter):  # a stand-in of some tracer
+                return resized
+            self._resized = (key, resized)
+        return self._resized[1]
+
     def _tokens(self, x: Tensor) -> Tensor:
         visual = self.visual
-        positions = resize_positions(visual.positional_embedding, self.grid_size, x.shape[-2:])
+        positions = self._positions(x.shape[-2:])
         cls = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x.flatten(2).transpose(1, 2)], 1) + positions.to(x.dtype)
         return visual.ln_pre(x)

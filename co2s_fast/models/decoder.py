@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from co2s_fast.models.config import DecoderConfig
-from co2s_fast.models.layers import GroupNorm, LayerNorm
+from co2s_fast.models.layers import GroupNorm, LayerNorm, one_channel
 from co2s_fast.models.self_attention import SelfAttention
 
 
@@ -200,7 +200,7 @@ class QueryDecoder(nn.Module):
             x = layer(x, text)
         for up, project, skip in zip(self.ups, self.skips, reversed(features[:-1]), strict=True):
             x = self._maybe_checkpoint(up, x, F.relu_(project(_fast_layout(skip))))
-        x = self.head(x).squeeze(1).unflatten(0, (-1, classes))
+        x = one_channel(self.head, x).squeeze(1).unflatten(0, (-1, classes))
         if self.config.resize_to is not None:
             x = F.interpolate(x, self.config.resize_to, mode="bilinear", align_corners=False)
         return x

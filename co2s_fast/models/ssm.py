@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 
 from co2s_fast.errors import UsageError
 from co2s_fast.models.layers import use_fast_layer_norms
 from co2s_fast.models.relative import free_grid
+from co2s_fast.models.rotary import use_rotary_attention
 from co2s_fast.models.stem import ConvStem
 
 
@@ -90,11 +92,10 @@ class TimmBackbone(nn.Module):
         rope: str = "fp32",
         gradient_checkpointing: bool = False,
     ) -> None:
-        import timm
-
         super().__init__()
         _check_model(model, levels)
         use_fast_layer_norms(model, {nn.LayerNorm, timm.layers.LayerNorm})
+        use_rotary_attention(model)
         self.model = model
         self.levels = tuple(levels)
         self.patch_size = int(model.patch_embed.patch_size[0])

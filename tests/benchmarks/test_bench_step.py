@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from benchmarks import bench_step, released
 
 CPU = torch.device("cpu")
+OURS = ("co2s_fast.models.layers", "co2s_fast.models.rotary")
 
 
 @pytest.mark.parametrize("name", ["clip", "ssm"])
 def test_released_networks_give_the_same(name):
     student = bench_step.make_students(CPU, tiny=True)[name].double()
+    plain = released.with_plain_layers(copy.deepcopy(student))
+    assert not [m for m in plain.modules() if type(m).__module__ in OURS]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2, 3, 64, 96), generator=generator).byte()
     results = []
-    for features, decode in ((student.features, student.decode),
-                             (lambda x: released.features(student, x),
-                              lambda levels: released.decode(student, levels))):  # fmt: skip
-        student.zero_grad()
+    for network, features, decode in (
+        (student, student.features, student.decode),
+        (plain, lambda x: released.features(plain, x), lambda f: released.decode(plain, f)),
+    ):
         logits = decode(features(images))
         upstream = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype)
         logits.backward(upstream.view_as(logits))
-        gradients = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
         results.append((logits.detach(), gradients))
     (ours, our_gradients), (theirs, their_gradients) = results
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from co2s_fast.models import build_student, tiny_clip_config, tiny_ssm_config
-from co2s_fast.models.layers import GroupNorm, LayerNorm, QuickGELU, use_fast_layer_norms
+from co2s_fast.models.layers import (
+    GroupNorm,
+    LayerNorm,
+    QuickGELU,
+    one_channel,
+    use_fast_layer_norms,
+)
 
 SHAPES = {GroupNorm: (3, 16, 5, 7), LayerNorm: (3, 5, 16)}
 
@@ -103,3 +109,20 @@ def test_students_have_them(make):
     assert norms
     assert all(isinstance(m, LayerNorm | GroupNorm) for m in norms)
     assert not any(isinstance(m, open_clip.transformer.QuickGELU) for m in student.modules())
+
+
+@pytest.mark.gpu
+def test_the_decoders_last_convolution_on_a_gpu():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, 1, 3, padding=1).cuda()
+    x = torch.randn(6, 32, 24, 40, device="cuda", requires_grad=True)
+    upstream = torch.randn(6, 1, 24, 40, device="cuda")
+    found = []
+    for half in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            out = one_channel(conv, x)
+        gradients = torch.autograd.grad(out, [x, *conv.parameters()], upstream.to(out.dtype))
+        found.append([out.float(), *gradients])
+    assert out.shape == (6, 1, 24, 40)
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded - exact).norm() < 0.01 * exact.norm()
