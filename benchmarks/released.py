@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from co2s_fast.models.clip import ClipBackbone, resize_positions
 from co2s_fast.models.decoder import ASPP, ClassAttention, QueryDecoder, Upsample
-from co2s_fast.models.layers import GroupNorm, LayerNorm, QuickGELU
+from co2s_fast.models.layers import GroupNorm, LayerNorm, QuickMlp
 from co2s_fast.models.rotary import RotaryAttention
 from co2s_fast.models.stem import ConvStem
 from co2s_fast.models.student import Student
@@ -35,7 +35,7 @@ def with_plain_layers(student: Student) -> Student:
     plain = {
         GroupNorm: nn.GroupNorm,
         LayerNorm: nn.LayerNorm,
-        QuickGELU: open_clip.QuickGELU,
+        QuickMlp: nn.Sequential,
         RotaryAttention: EvaAttention,
     }
     towers = [student.backbone] if isinstance(student.backbone, ClipBackbone) else []

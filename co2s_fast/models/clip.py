@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from co2s_fast.errors import UsageError
-from co2s_fast.models.layers import QuickGELU, use_fast_layer_norms
+from co2s_fast.models.layers import QuickMlp, use_fast_layer_norms
 from co2s_fast.models.lora import LoraAttention
 from co2s_fast.models.self_attention import SelfAttention
 from co2s_fast.models.stem import ConvStem
@@ -90,8 +90,9 @@ class ClipBackbone(nn.Module):
         use_fast_layer_norms(visual, {open_clip.LayerNorm})
         for block in visual.transformer.resblocks:
             block.attn = SelfAttention.of(block.attn)
-            if isinstance(block.mlp.gelu, open_clip.QuickGELU):
-                block.mlp.gelu = QuickGELU()
+            kinds = [type(layer) for layer in block.mlp]
+            if kinds == [nn.Linear, open_clip.QuickGELU, nn.Linear]:
+                block.mlp = QuickMlp.of(block.mlp)
         if stem is not None:
             visual.conv1 = stem
         width = visual.class_embedding.shape[0]

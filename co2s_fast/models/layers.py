@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers.fast_norm import fast_group_norm, fast_layer_norm
 from torch import Tensor, nn
 
-QUICK = 1.702  # the slope of CLIP's approximation of GELU
+QUICK = 1.702  # the slope in CLIP's approximation of GELU
 
 
 class GroupNorm(nn.GroupNorm):
@@ -50,12 +50,25 @@ def use_fast_layer_norms(module: nn.Module, kinds: Collection[type[nn.LayerNorm]
                 setattr(parent, name, taken)
 
 
-class QuickGELU(nn.Module):
-    """`x · sigmoid(1.702 x)` by way of SiLU, which keeps one tensor to differentiate, not two."""
+class QuickMlp(nn.Sequential):
+    """CLIP's two linear layers with `h · sigmoid(1.702 h)` between, parameters `c_fc` and `c_proj`.
+
+    The factor goes into the first layer's weights, and out again with the second's: what is left
+    is SiLU, one pass over the activations, of which one tensor is kept for the backward pass.
+    """
+
+    @classmethod
+    def of(cls, base: nn.Sequential) -> QuickMlp:
+        """The same module with this forward; it takes over all of `base`, parameters included."""
+        taken = cls.__new__(cls)
+        taken.__dict__.update(base.__dict__)
+        return taken
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, to the same."""
-        return F.silu(QUICK * x) / QUICK
+        """[..., C] to the same shape."""
+        first, last = self.c_fc, self.c_proj
+        hidden = F.silu(F.linear(x, QUICK * first.weight, QUICK * first.bias))
+        return F.linear(hidden, last.weight / QUICK, last.bias)
 
 
 def one_channel(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""Norms that stay in autocast's type, and CLIP's activation by way of SiLU."""
+"""Norms that stay in autocast's type, CLIP's feed-forward by way of SiLU, a last convolution."""
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import open_clip.transformer
@@ -14,7 +16,7 @@ from co2s_fast.models import build_student, tiny_clip_config, tiny_ssm_config
 from co2s_fast.models.layers import (
     GroupNorm,
     LayerNorm,
-    QuickGELU,
+    QuickMlp,
     one_channel,
     use_fast_layer_norms,
 )
@@ -82,15 +84,27 @@ def test_norm_on_a_gpu_sums_in_float32(kind):
     torch.testing.assert_close(out.float(), plain(x.float()), atol=0.03, rtol=0.02)
 
 
-def test_quick_gelu_is_clips_and_keeps_half():
-    ours, plain = QuickGELU(), open_clip.transformer.QuickGELU()
-    x = torch.linspace(-12, 12, 1001, dtype=torch.float64, requires_grad=True)
-    out, wanted = ours(x), plain(x)
-    torch.testing.assert_close(out, wanted)
-    upstream = torch.randn_like(out)
-    torch.testing.assert_close(*(torch.autograd.grad(y, x, upstream)[0] for y in (out, wanted)))
-    assert kept_bytes(ours, x) == x.nbytes
-    assert kept_bytes(plain, x) == 2 * x.nbytes
+def test_quick_mlp_is_clips_and_keeps_half():
+    torch.manual_seed(0)
+    quick = open_clip.transformer.QuickGELU()
+    layers = {"c_fc": nn.Linear(16, 64), "gelu": quick, "c_proj": nn.Linear(64, 16)}
+    plain = nn.Sequential(OrderedDict(layers)).double()
+    ours = QuickMlp.of(copy.deepcopy(plain))
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    found = []
+    for module in (plain, ours):
+        x = torch.linspace(-12, 12, 960).double().view(2, 30, 16).requires_grad_()
+        out = module(x)
+        out.backward(torch.linspace(-1, 1, out.numel()).double().view_as(out))
+        found.append([out.detach(), x.grad, *(p.grad for p in module.parameters())])
+    for theirs, ours_ in zip(*found, strict=True):
+        torch.testing.assert_close(ours_, theirs)
+    for module in (plain, ours):  # as where the backbone's blocks are frozen
+        module.requires_grad_(False)
+    hidden = 2 * 30 * 64 * 8
+    weights = 2 * 16 * 64 * 8
+    assert kept_bytes(plain, x) == 2 * hidden
+    assert kept_bytes(ours, x) == hidden + weights
 
 
 def test_only_the_asked_for_norms_are_exchanged():
@@ -108,7 +122,14 @@ def test_students_have_them(make):
     norms = [m for m in student.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)]
     assert norms
     assert all(isinstance(m, LayerNorm | GroupNorm) for m in norms)
-    assert not any(isinstance(m, open_clip.transformer.QuickGELU) for m in student.modules())
+
+
+def test_a_clip_student_has_the_mlp_of_its_activation():
+    classes = [SimpleNamespace(name="c", concepts=["c"])]
+    for activation, kind in (("quick_gelu", QuickMlp), ("gelu", nn.Sequential)):
+        student = build_student(tiny_clip_config(activation=activation), classes, seed=0)
+        blocks = student.backbone.visual.transformer.resblocks
+        assert {type(block.mlp) for block in blocks} == {kind}
 
 
 @pytest.mark.gpu
