@@ -4,7 +4,8 @@
     python benchmarks/tables.py --check    exit with 1 when they are not what the results say
 
 A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`. NAME is a section of
-throughput.py, `goals`, or `accuracy_<dataset>`. `section@device` takes one result file only.
+throughput.py, `goals`, or `accuracy_<dataset>`. `section@device` takes one result file only, and
+`goals@one+other` those of two, for sections that were measured at different times.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import results  # noqa: E402 - needs the path above
 
 MARKER = re.compile(
-    r"(<!-- benchmark:(?P<name>[\w@.-]+) -->\n)(?P<body>.*?)(<!-- /benchmark -->)", re.DOTALL
+    r"(<!-- benchmark:(?P<name>[\w@.+-]+) -->\n)(?P<body>.*?)(<!-- /benchmark -->)", re.DOTALL
 )
 TIMES = ("forward", "backward", "both", "step", "load", "predict")
 NAMES = {
@@ -169,11 +170,16 @@ def caption(content: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def goal_lines(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def goal_lines(*contents: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the goals; of several files, the first that measured one tells."""
+    found: dict[str, tuple[float, float | None]] = {}
+    for name, goal, value in (each for content in contents for each in results.goals(content)):
+        if found.get(name, (goal, None))[1] is None:
+            found[name] = (goal, value)
     lines = [
         [name, "not measured" if value is None else "reached" if value >= goal else "missed",
          f"{goal:g}", "-" if value is None else f"{value:.3g}"]
-        for name, goal, value in results.goals(content)
+        for name, (goal, value) in found.items()
     ]  # fmt: skip
     return ["ratio", "state", "goal", "measured"], lines
 
@@ -193,6 +199,10 @@ def report(content: dict[str, Any]) -> str:
 
 def _throughput_table(name: str, folder: Path) -> str:
     section, _, device = name.partition("@")
+    if section == "goals" and "+" in device:
+        contents = [results.load(folder / f"{stem}.json") for stem in device.split("+")]
+        captions = "\n\n".join(map(caption, contents))
+        return f"{captions}\n\n{markdown(*goal_lines(*contents))}"
     parts = []
     for path in sorted(folder.glob("*.json")):
         if path.name.startswith("accuracy_") or (device and path.stem != device):

@@ -110,6 +110,21 @@ def test_render_goals_and_one_device(folder):
         tables.render(text.replace("some-cpu", "other"), folder)
 
 
+def test_goals_of_two_files(folder, invented):
+    step = invented["rows"][0] | {"section": "step", "case": "tiny", "mode": "step"}
+    rows = [step | {"provider": "eager", "median": 3.0}, step | {"provider": "ours", "median": 2.0}]
+    results.save(folder / "step-some-cpu-2-threads.json", {**invented, "rows": rows})
+    name = "goals@some-cpu-2-threads+step-some-cpu-2-threads"
+    after = tables.render(f"<!-- benchmark:{name} -->\n<!-- /benchmark -->\n", folder)
+    assert f"| {NAME} | reached | 15 | 18 |" in after
+    assert "| step/tiny/step/time/eager:ours | reached | 1.5 | 1.5 |" in after
+    assert "| input/512/load/images_per_s/pil:torch | not measured | 1.5 | - |" in after
+    assert after.count(invented["header"]["device"]) == 2
+    assert tables.render(after, folder) == after
+    with pytest.raises(ValueError, match="other.json: not a readable result file"):
+        tables.render(after.replace("+step-some-cpu-2-threads", "+other"), folder)
+
+
 def test_render_refuses_an_open_marker(folder):
     with pytest.raises(ValueError, match="no <!-- /benchmark -->"):
         tables.render("<!-- benchmark:loss_section -->\n", folder)
