@@ -121,7 +121,7 @@ def test_goals_of_two_files(folder, invented):
     assert "| input/512/load/images_per_s/pil:torch | not measured | 1.5 | - |" in after
     assert after.count(invented["header"]["device"]) == 2
     assert tables.render(after, folder) == after
-    with pytest.raises(ValueError, match="other.json: not a readable result file"):
+    with pytest.raises(ValueError, match="not a readable result file"):
         tables.render(after.replace("+step-some-cpu-2-threads", "+other"), folder)
 
 
