@@ -256,5 +256,5 @@ def test_an_unknown_attention_is_refused(classes, small_decoder) -> None:
     student.backbone.model.blocks[0].attn.proj = torch.nn.Identity()
     from co2s_fast.models.lora import LoraConfig, add_adapters
 
-    with pytest.raises(UsageError, match="EvaAttention has \\['qkv'\\]"):
+    with pytest.raises(UsageError, match="RotaryAttention has \\['qkv'\\]"):
         add_adapters(student.backbone, LoraConfig())
