@@ -156,6 +156,7 @@ def our_step(device: torch.device, tiny: bool, crop: int, provider: str) -> Call
     """One step as the trainer makes it, with its options `channels_last` and `compile`."""
     from co2s_fast.data import Batch
     from co2s_fast.methods import get_method
+    from co2s_fast.models.compiled import compile_student
 
     method_class = get_method("co2s")
     students = make_students(device, tiny)
@@ -165,8 +166,7 @@ def our_step(device: torch.device, tiny: bool, crop: int, provider: str) -> Call
         method.to(memory_format=torch.channels_last)
     if provider == "ours_compile":
         for student in students.values():
-            student.features = torch.compile(student.features)
-            student.decode = torch.compile(student.decode)
+            compile_student(student)
     groups = [g for s in students.values() for g in s.parameter_groups(LEARNING_RATE, 0.01)]
     optimizer = torch.optim.AdamW(groups, fused=True)
     batch = make_batch(device, crop, THRESHOLD)

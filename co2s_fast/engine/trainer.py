@@ -50,6 +50,7 @@ from co2s_fast.engine.window import train_record
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.methods import get_method
 from co2s_fast.models import build_student
+from co2s_fast.models.compiled import compile_student
 from co2s_fast.models.lora import beside_adapters
 
 
@@ -174,8 +175,7 @@ class Trainer:
         self.method.take_averages(self.evaluated)
         if train.compile:
             for student in {*self.students.values(), *self.evaluated.values()}:
-                student.features = torch.compile(student.features)
-                student.decode = torch.compile(student.decode)
+                compile_student(student)
         self.step_module = self.method
         if self.ranks.world > 1:
             self.step_module = DistributedDataParallel(

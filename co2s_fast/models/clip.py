@@ -64,6 +64,7 @@ class ClipBackbone(nn.Module):
     """
 
     odd_sizes = "pad"
+    value_path: Path = staticmethod(value_path)
 
     def __init__(
         self,
@@ -124,10 +125,10 @@ class ClipBackbone(nn.Module):
         blocks = visual.transformer.resblocks
         for index, block in enumerate(blocks):
             if index in self.levels:
-                maps.append(_to_map(self._run(value_path, block, x[:, 1:]), grid))
+                maps.append(_to_map(self._run(self.value_path, block, x[:, 1:]), grid))
             if index < self.depth - 1:
                 x = self._run(_ordinary_path, block, x)
-        deep = visual.ln_post(self._run(value_path, blocks[-1], x[:, 1:])) @ visual.proj
+        deep = visual.ln_post(self._run(self.value_path, blocks[-1], x[:, 1:])) @ visual.proj
         maps.append(_to_map(F.normalize(deep, dim=-1), grid))
         return tuple(maps)
 
