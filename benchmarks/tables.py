@@ -166,7 +166,9 @@ def caption(content: dict[str, Any]) -> str:
         f"load before {h['load_before'][0]:g}",
     ]
     if "copy_bandwidth_bytes_per_s" in h:
-        parts.append(f"copy bandwidth {h['copy_bandwidth_bytes_per_s'] / 1e12:.2f} TB/s")
+        rate = h["copy_bandwidth_bytes_per_s"]
+        shown = f"{rate / 1e12:.2f} TB/s" if rate >= 1e12 else f"{rate / 1e9:.1f} GB/s"
+        parts.append(f"copy bandwidth {shown}")
     return ", ".join(parts)
 
 

@@ -84,10 +84,8 @@ def run_sections(
     """
     begin = time.perf_counter()
     header = results.make_header(device, repeats, quick)
-    copy_rate = None
-    if device.type == "cuda":
-        copy_rate = harness.percentiles(harness.copy_bandwidth(device))[0]
-        header["copy_bandwidth_bytes_per_s"] = copy_rate
+    copy_rate = harness.percentiles(harness.copy_bandwidth(device, repeats))[0]
+    header["copy_bandwidth_bytes_per_s"] = copy_rate
     content: dict[str, Any] = {
         "schema_version": results.SCHEMA_VERSION, "header": header, "rows": [],
         "not_measured": [], "wrong": [],
