@@ -84,7 +84,7 @@ class ClipBackbone(nn.Module):
         self.patch_size = int(visual.patch_size[0])
         self.stem_skips = stem_skips
         self.gradient_checkpointing = gradient_checkpointing
-        self._resized: tuple[tuple, Tensor] | None = None
+        self._resized: tuple[Tensor, tuple, Tensor] | None = None
         # The tower's own attributes are taken over rather than the tower, so that nothing which
         # is never evaluated (pooling, token dropping) stays in the state dict.
         self.visual = visual
@@ -137,15 +137,15 @@ class ClipBackbone(nn.Module):
         table = self.visual.positional_embedding
         if table.requires_grad or torch.compiler.is_compiling():
             return resize_positions(table, self.grid_size, grid)
-        key = (tuple(grid), table.device, table.data_ptr(), table._version)
-        if self._resized is None or self._resized[0] != key:
+        key = (tuple(grid), table.device, table.dtype, table._version)
+        if self._resized is None or self._resized[0] is not table or self._resized[1] != key:
             # A tensor made under inference_mode could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 resized = resize_positions(table, self.grid_size, grid)
             if type(resized) not in (Tensor, nn.Parameter):  # a stand-in of some tracer
                 return resized
-            self._resized = (key, resized)
-        return self._resized[1]
+            self._resized = (table, key, resized)
+        return self._resized[2]
 
     def _tokens(self, x: Tensor) -> Tensor:
         visual = self.visual
