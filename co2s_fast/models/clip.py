@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from co2s_fast.errors import UsageError
-from co2s_fast.models.layers import QuickMlp, use_fast_layer_norms
+from co2s_fast.models.layers import QuickMlp, take_over, use_fast_layer_norms
 from co2s_fast.models.lora import LoraAttention
 from co2s_fast.models.self_attention import SelfAttention
 from co2s_fast.models.stem import ConvStem
@@ -90,10 +90,10 @@ class ClipBackbone(nn.Module):
         self.visual = visual
         use_fast_layer_norms(visual, {open_clip.LayerNorm})
         for block in visual.transformer.resblocks:
-            block.attn = SelfAttention.of(block.attn)
+            block.attn = take_over(SelfAttention, block.attn)
             kinds = [type(layer) for layer in block.mlp]
             if kinds == [nn.Linear, open_clip.QuickGELU, nn.Linear]:
-                block.mlp = QuickMlp.of(block.mlp)
+                block.mlp = take_over(QuickMlp, block.mlp)
         if stem is not None:
             visual.conv1 = stem
         width = visual.class_embedding.shape[0]

@@ -1,4 +1,4 @@
-"""Layers that take less memory and time in half types, with the parameters of torch's own.
+"""Layers that take less memory and time, most of all in half types, with the parameters of torch's own.
 
 Autocast evaluates norms in float32: it copies their input, keeps the copy for the backward pass,
 and hands on an output that the next layer rounds again. The kernels for half types sum in float32
@@ -7,14 +7,22 @@ all the same; what differs is that scale and shift are rounded, as all other wei
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers.fast_norm import fast_group_norm, fast_layer_norm
 from torch import Tensor, nn
 
+Kind = TypeVar("Kind", bound=nn.Module)
 QUICK = 1.702  # the slope in CLIP's approximation of GELU
+
+
+def take_over(kind: type[Kind], base: nn.Module) -> Kind:
+    """`base` with the methods of `kind`: parameters, names and settings are the very same."""
+    taken = kind.__new__(kind)
+    taken.__dict__.update(base.__dict__)
+    return taken
 
 
 class GroupNorm(nn.GroupNorm):
@@ -24,7 +32,7 @@ class GroupNorm(nn.GroupNorm):
         """[B, C, ...] to the same shape."""
         if not torch.is_autocast_enabled(input.device.type):  # exporters see the plain operator
             return super().forward(input)
-        return fast_group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return _in_half(F.group_norm, input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -34,7 +42,19 @@ class LayerNorm(nn.LayerNorm):
         """[..., C] to the same shape."""
         if not torch.is_autocast_enabled(input.device.type):
             return super().forward(input)
-        return fast_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        shape = self.normalized_shape
+        return _in_half(F.layer_norm, input, shape, self.weight, self.bias, self.eps)
+
+
+def _in_half(
+    norm: Callable[..., Tensor], x: Tensor, over: Any, weight: Tensor | None, bias: Tensor | None,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """`norm` in autocast's type. timm's own form of this hands layer norms to apex, CPU or not."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    weight, bias = (None if each is None else each.to(dtype) for each in (weight, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return norm(x.to(dtype), over, weight, bias, eps)
 
 
 def use_fast_layer_norms(module: nn.Module, kinds: Collection[type[nn.LayerNorm]]) -> None:
@@ -45,9 +65,7 @@ def use_fast_layer_norms(module: nn.Module, kinds: Collection[type[nn.LayerNorm]
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) in kinds:
-                taken = LayerNorm.__new__(LayerNorm)
-                taken.__dict__.update(child.__dict__)
-                setattr(parent, name, taken)
+                setattr(parent, name, take_over(LayerNorm, child))
 
 
 class QuickMlp(nn.Sequential):
@@ -56,13 +74,6 @@ class QuickMlp(nn.Sequential):
     The factor goes into the first layer's weights, and out again with the second's: what is left
     is SiLU, one pass over the activations, of which one tensor is kept for the backward pass.
     """
-
-    @classmethod
-    def of(cls, base: nn.Sequential) -> QuickMlp:
-        """The same module with this forward; it takes over all of `base`, parameters included."""
-        taken = cls.__new__(cls)
-        taken.__dict__.update(base.__dict__)
-        return taken
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] to the same shape."""

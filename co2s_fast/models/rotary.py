@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
+from co2s_fast.models.layers import take_over
+
 
 class RotaryTables:
     """Cosines and sines by token and channel, kept for the last embedding; blocks share one."""
@@ -69,8 +71,7 @@ class RotaryAttention(EvaAttention):
     @classmethod
     def of(cls, base: EvaAttention, tables: RotaryTables) -> RotaryAttention:
         """The same module with this forward; it takes over all of `base`, parameters included."""
-        taken = cls.__new__(cls)
-        taken.__dict__.update(base.__dict__)
+        taken = take_over(cls, base)
         taken.tables = tables
         return taken
 

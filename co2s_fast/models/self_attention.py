@@ -23,13 +23,6 @@ class SelfAttention(nn.MultiheadAttention):
     the plain case is asked for (masks, weights, other keys, dropout), it is torch's that answers.
     """
 
-    @classmethod
-    def of(cls, base: nn.MultiheadAttention) -> SelfAttention:
-        """The same module with this forward; it takes over all of `base`, parameters included."""
-        taken = cls.__new__(cls)
-        taken.__dict__.update(base.__dict__)
-        return taken
-
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = True, **options: Any
     ) -> tuple[Tensor, Tensor | None]:

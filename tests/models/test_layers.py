@@ -18,6 +18,7 @@ from co2s_fast.models.layers import (
     LayerNorm,
     QuickMlp,
     one_channel,
+    take_over,
     use_fast_layer_norms,
 )
 
@@ -89,7 +90,7 @@ def test_quick_mlp_is_clips_and_keeps_half():
     quick = open_clip.transformer.QuickGELU()
     layers = {"c_fc": nn.Linear(16, 64), "gelu": quick, "c_proj": nn.Linear(64, 16)}
     plain = nn.Sequential(OrderedDict(layers)).double()
-    ours = QuickMlp.of(copy.deepcopy(plain))
+    ours = take_over(QuickMlp, copy.deepcopy(plain))
     assert ours.state_dict().keys() == plain.state_dict().keys()
     found = []
     for module in (plain, ours):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from co2s_fast.models.layers import take_over
 from co2s_fast.models.self_attention import SelfAttention
 
 
@@ -14,7 +15,7 @@ def pair():
     torch.manual_seed(0)
     base = nn.MultiheadAttention(24, 3, batch_first=True).double()
     nn.init.normal_(base.in_proj_bias)
-    return base, SelfAttention.of(base)
+    return base, take_over(SelfAttention, base)
 
 
 @pytest.mark.parametrize("training", [False, True])
