@@ -1,4 +1,4 @@
-"""Layers that take less memory and time, most of all in half types, with the parameters of torch's own.
+"""Layers with the parameters of torch's own that take less memory and time, most in half types.
 
 Autocast evaluates norms in float32: it copies their input, keeps the copy for the backward pass,
 and hands on an output that the next layer rounds again. The kernels for half types sum in float32
@@ -30,7 +30,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, ...] to the same shape."""
-        if not torch.is_autocast_enabled(input.device.type):  # exporters see the plain operator
+        if not _autocasts(input):  # exporters see the plain operator
             return super().forward(input)
         return _in_half(F.group_norm, input, self.num_groups, self.weight, self.bias, self.eps)
 
@@ -40,10 +40,15 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., C] to the same shape."""
-        if not torch.is_autocast_enabled(input.device.type):
+        if not _autocasts(input):
             return super().forward(input)
         shape = self.normalized_shape
         return _in_half(F.layer_norm, input, shape, self.weight, self.bias, self.eps)
+
+
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type  # "meta", for one, knows no autocast
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _in_half(
@@ -88,7 +93,7 @@ def one_channel(conv: nn.Conv2d, x: Tensor) -> Tensor:
     The matrix units take no less, and what cuDNN has for one output channel takes several times as
     long, forward and backward.
     """
-    if not (x.is_cuda and torch.is_autocast_enabled("cuda")):
+    if not (x.is_cuda and _autocasts(x)):
         return conv(x)
     weight = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, 7))
     return F.conv2d(x, weight, F.pad(conv.bias, (0, 7)), padding=conv.padding)[:, :1]

@@ -148,3 +148,8 @@ def test_the_decoders_last_convolution_on_a_gpu():
     assert out.shape == (6, 1, 24, 40)
     for exact, rounded in zip(*found, strict=True):
         assert (rounded - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_device_without_autocast():
+    assert LayerNorm(4).to("meta")(torch.empty(2, 4, device="meta")).shape == (2, 4)
+    assert GroupNorm(2, 4).to("meta")(torch.empty(2, 4, 3, device="meta")).shape == (2, 4, 3)
