@@ -38,9 +38,8 @@ def with_plain_layers(student: Student) -> Student:
         QuickMlp: nn.Sequential,
         RotaryAttention: EvaAttention,
     }
-    towers = [student.backbone] if isinstance(student.backbone, ClipBackbone) else []
-    for tower in towers:  # its norms give back the type that they were given
-        _exchange(tower, plain | {LayerNorm: open_clip.LayerNorm})
+    if isinstance(student.backbone, ClipBackbone):  # its norms give back the type they were given
+        _exchange(student.backbone, plain | {LayerNorm: open_clip.LayerNorm})
     _exchange(student, plain)
     return student
 
@@ -66,10 +65,7 @@ def _clip_features(backbone: ClipBackbone, images: Tensor) -> list[Tensor]:
     else:
         x = visual.conv1(images)
     grid = x.shape[-2:]
-    positions = resize_positions(visual.positional_embedding, backbone.grid_size, grid)
-    cls = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-    x = torch.cat([cls, x.flatten(2).transpose(1, 2)], 1) + positions.to(x.dtype)
-    x = visual.ln_pre(x)
+    x = backbone._tokens(x, resize_positions(visual.positional_embedding, backbone.grid_size, grid))
     for index, block in enumerate(visual.transformer.resblocks):
         value = _value_path(block, x)[:, 1:]
         if index in backbone.levels:

@@ -121,7 +121,7 @@ class ClipBackbone(nn.Module):
         else:
             x = visual.conv1(images)
         grid = x.shape[-2:]
-        x = self._tokens(x)
+        x = self._tokens(x, self._positions(grid))
         blocks = visual.transformer.resblocks
         for index, block in enumerate(blocks):
             if index in self.levels:
@@ -147,9 +147,8 @@ class ClipBackbone(nn.Module):
             self._resized = (table, key, resized)
         return self._resized[2]
 
-    def _tokens(self, x: Tensor) -> Tensor:
+    def _tokens(self, x: Tensor, positions: Tensor) -> Tensor:
         visual = self.visual
-        positions = self._positions(x.shape[-2:])
         cls = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([cls, x.flatten(2).transpose(1, 2)], 1) + positions.to(x.dtype)
         return visual.ln_pre(x)

@@ -1,7 +1,7 @@
 """timm's attention with rotary embedding: queries and keys turned together, prefix tokens included.
 
 timm rotates each by itself, patch tokens apart from the prefix, with a concatenation for every
-half: many passes over tensors of activations, a sixth of a DINOv3 student's forward pass on a GPU.
+half: many passes over tensors of activations.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ class RotaryTables:
     """Cosines and sines by token and channel, kept for the last embedding; blocks share one."""
 
     def __init__(self) -> None:
-        self._embedding: Tensor | None = None
-        self._prefix = 0
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._kept: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def of(self, embedding: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
         """Tables [prefix + N, 1, 1, D] that leave the first `prefix` tokens as they are.
@@ -33,12 +31,11 @@ class RotaryTables:
         """
         if torch.compiler.is_compiling():
             return self.build(embedding, prefix)
-        if self._embedding is not embedding or self._prefix != prefix or self._tables is None:
+        if self._kept is None or self._kept[0] is not embedding or self._kept[1] != prefix:
             # A tensor made under inference_mode could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
-                self._tables = self.build(embedding, prefix)
-            self._embedding, self._prefix = embedding, prefix
-        return self._tables
+                self._kept = (embedding, prefix, self.build(embedding, prefix))
+        return self._kept[2]
 
     @staticmethod
     def build(embedding: Tensor, prefix: int) -> tuple[Tensor, Tensor]:

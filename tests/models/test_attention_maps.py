@@ -143,7 +143,8 @@ def test_the_last_block_of_clip_from_what_comes_into_it(classes) -> None:
     maps = attention_maps(student, image)
     visual = student.backbone.visual
     normalised = (image - student.mean) / student.std
-    tokens = student.backbone._tokens(visual.conv1(normalised)[1])
+    stem = visual.conv1(normalised)[1]
+    tokens = student.backbone._tokens(stem, student.backbone._positions(stem.shape[-2:]))
     for block in visual.transformer.resblocks[:-1]:
         tokens = block(tokens)
     tokens = visual.transformer.resblocks[-1].ln_1(tokens)
