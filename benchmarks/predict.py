@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+    sys.path.append(str(ROOT))  # last: the installed package goes first
 
 from benchmarks import results, tables  # noqa: E402 - needs the path above
 from benchmarks.memory import _resident  # noqa: E402

@@ -16,7 +16,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+    sys.path.append(str(ROOT))  # last: the installed package goes first
 
 from benchmarks import harness, inputs, ours, providers  # noqa: E402 - needs the path above
 from co2s_fast.losses import CutMix, confusion_matrix  # noqa: E402

@@ -20,7 +20,7 @@ import click
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+    sys.path.append(str(ROOT))  # last: the installed package goes first
 
 from benchmarks import results  # noqa: E402 - needs the path above
 

@@ -24,6 +24,7 @@ checkpoint_option = click.option("--checkpoint", type=click.Choice(["best", "las
                                  default="best", show_default=True)  # fmt: skip
 
 
+ABOVE_0 = click.FloatRange(min=0, min_open=True)
 PROFILES = ["official", "official-infer", "official-train"]
 
 
@@ -47,7 +48,8 @@ def main() -> None:
 @click.option("--split", type=PATH, help="Folder with labeled.txt, unlabeled.txt and val.txt.")
 @click.option("--method", help="co2s (the default), onlysup, ...")
 @click.option("--recipe", help="A recipe's name or YAML file; by default the dataset's own.")
-@click.option("--seed", type=int, help="Fixes splits, weights, augmentation and order.")
+@click.option("--seed", type=int, help="Fixes weights, augmentation and order. Which "
+              "images are labelled: --set data.split_seed=1.")
 @click.option("--loader", type=click.Choice(["auto", "torch", "dali"]),
               help="Input pipeline. Default: DALI on a GPU where it is installed, else torch.")
 @click.option("--compile", is_flag=True, help="torch.compile the students: the first step takes "
@@ -147,8 +149,8 @@ def import_checkpoint(
 
 @main.command("eval")
 @click.argument("run", type=PATH)
-@click.option("--student", default="all", show_default=True, metavar="NAME|both|all",
-              help="Which prediction to score: a student (clip, ssm), or the mean of both.")
+@click.option("--student", metavar="NAME|both|all", help="Which prediction to score: a student "
+              "(clip, ssm), or the mean of both. Default: the run's own setting, all.")
 @checkpoint_option
 @click.option("--mode", type=click.Choice(["auto", "whole", "sliding"]),
               help="Whole images or sliding windows. Default: the run's own setting.")
@@ -171,13 +173,14 @@ def evaluate(run: Path, **options: Any) -> None:
 @main.command()
 @click.argument("run", type=PATH)
 @click.argument("images", nargs=-1, metavar="[IMAGE|FOLDER|GLOB]...")
-@click.option("-o", "--out", type=PATH, required=True, help="Folder to write the maps to.")
-@click.option("--val", "validation", type=int, metavar="N",
+@click.option("-o", "--out", type=PATH, required=True, help="Folder to write the maps to; for one "
+              "image also the map's own name.")
+@click.option("--val", "validation", type=click.IntRange(min=1), metavar="N",
               help="Predict the first N validation images of the run instead.")
 @click.option("--student", default="both", show_default=True, metavar="NAME|both",
               help="One student (clip, ssm), or the mean of both.")
 @checkpoint_option
-@click.option("--scale", type=float, help="Factor on an image's size before it goes through the "
+@click.option("--scale", type=ABOVE_0, help="Factor on an image's size before it goes through the "
               "students. Default: what the dataset's tiles were cut at.")
 @click.option("--overlay", is_flag=True, help="Also write the map blended over the image.")
 @click.option("--confidence", is_flag=True, help="Also write the largest probability, times 255.")
@@ -244,7 +247,7 @@ def export(run: Path, **options: Any) -> None:
               "image. Default: of the class token.")
 @click.option("--size", type=click.IntRange(min=16), metavar="PIXELS", help="Largest side of the "
               "part that goes through the students. Default: the run's crop.")
-@click.option("--scale", type=float, help="As for `predict`.")
+@click.option("--scale", type=ABOVE_0, help="As for `predict`.")
 @checkpoint_option
 @click.option("--npz", is_flag=True, help="Also write the maps of all layers, as OUT.npz.")
 @one_line_errors

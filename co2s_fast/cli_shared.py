@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -28,7 +29,7 @@ offline_option = click.option("--offline", is_flag=True, expose_value=False, is_
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn our two kinds of error into one line on stderr and their exit code."""
+    """Turn our kinds of error, and what a file system says, into one line and an exit code."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -37,5 +38,11 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (UsageError, DataError) as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno == errno.EPIPE or not error.strerror:
+                raise  # a reader that has left; errors of libraries, which say nothing in one line
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}{error.strerror}", err=True)
+            sys.exit(DataError.exit_code)
 
     return run

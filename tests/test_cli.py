@@ -237,3 +237,35 @@ def test_your_own_imagery(shared_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, (result.output, result.exception)
     with Image.open(scene) as image, Image.open(tmp_path / "maps" / "image_part_003.png") as labels:
         assert labels.size == image.size
+
+
+def test_what_a_file_system_refuses_is_one_line(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    failed(call("data", "prepare", "demo", "--out", tmp_path / "file/x"), 1, str(tmp_path / "file"))
+    for name in ("a", "b"):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "folder.html").mkdir()
+    failed(call("compare", tmp_path / "runs/a", tmp_path / "runs/b", "-o",
+                tmp_path / "folder.html"), 1, "folder.html")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--scale", "0"), ("--scale", "-2"), ("--val", "0")])
+def test_numbers_that_cannot_be(tmp_path: Path, option: str, value: str) -> None:
+    result = call("predict", tmp_path, "-o", tmp_path / "out", option, value)
+    assert result.exit_code == 2 and f"Invalid value for '{option}'" in result.output
+
+
+def test_where_a_run_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was to stay on the CPU is evaluated there, too, beside a GPU that is full."""
+    import torch
+
+    from co2s_fast.engine.config import dump_config, load_config
+    from co2s_fast.engine.launch import device_of
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, expected in (("auto", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")):
+        config = load_config("tiny", [f"train.device={device}"])
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        assert device_of(tmp_path) == torch.device(expected)

@@ -93,6 +93,8 @@ def _read(path: Path, spec: DatasetSpec, crs: Any,
     from rasterio.errors import RasterioError
 
     try:
+        if spec.mask.layer is not None and spec.mask.layer not in (names := fiona.listlayers(path)):
+            raise DataError(f"{path}: no layer {spec.mask.layer!r}, found {', '.join(names)}")
         with fiona.open(path, layer=spec.mask.layer) as layer:
             yield from _shapes(path, layer, spec, crs, bounds)
     except (FionaError, RasterioError) as error:
@@ -115,7 +117,8 @@ def _shapes(path: Path, layer: Any, spec: DatasetSpec, crs: Any,
     # A rectangle's sides are curves in another system: more points, and a margin beyond them.
     around = bounds if same else transform_bounds(crs, own, *bounds, densify_pts=21)
     labels = _labels(spec)
-    for feature in layer.filter(bbox=tuple(around)):
+    # GDAL answers in the order of its index; which polygon lies above another is that of the file.
+    for feature in sorted(layer.filter(bbox=tuple(around)), key=lambda found: int(found.id)):
         name = f"{path}: feature {feature.id}"
         geometry = feature.geometry
         if geometry is None or geometry.type not in _KINDS:

@@ -281,25 +281,24 @@ def _repeated(what: str, values: list[Any]) -> list[str]:
 
 def _mask_problems(spec: DatasetSpec) -> list[str]:
     masks = [spec.mask, *(files.mask for files in spec.layouts if files.mask is not None)]
-    outside = [f"mask.outside {mask.outside!r}: expected 'ignore' or the name of a class"
-               for mask in masks if mask.outside not in ("ignore", *spec.class_names)]
-    if outside or spec.mask.encoding == "polygons":
-        return outside
-    color = spec.mask.encoding == "color"
-    problems = [
-        f"mask.ignore {v}: encoding {spec.mask.encoding!r} needs {'colours' if color else 'values'}"
-        for v in spec.mask.ignore
-        if isinstance(v, tuple) != color and v != IGNORE
-    ]
-    if not color:
-        values = [v for i, c in enumerate(spec.classes) for v in class_values(spec, i)]
-        problems += _repeated("mask value", values)
-        problems += [f"mask value {v} is both a class and ignored" for v in spec.mask.ignore
-                     if v in values]
-    else:
-        problems += [f"mask color {v} is both a class and ignored" for v in spec.mask.ignore
-                     if v in spec.palette]
-    return problems
+    return list(dict.fromkeys(text for mask in masks for text in _problems_of(mask, spec)))
+
+
+def _problems_of(mask: MaskSpec, spec: DatasetSpec) -> list[str]:
+    if mask.outside not in ("ignore", *spec.class_names):
+        return [f"mask.outside {mask.outside!r}: expected 'ignore' or the name of a class"]
+    if mask.encoding == "polygons":
+        return []
+    kind, wanted = (tuple, "colours") if mask.encoding == "color" else (int, "values")
+    problems = [f"mask.ignore {v}: encoding {mask.encoding!r} needs {wanted}"
+                for v in mask.ignore if not isinstance(v, kind) and v != IGNORE]
+    if mask.encoding == "color":
+        return problems + [f"mask color {v} is both a class and ignored" for v in mask.ignore
+                           if v in spec.palette]
+    values = [v for i, c in enumerate(spec.classes) for v in c.values or [i + mask.offset]]
+    problems += _repeated("mask value", values)
+    return problems + [f"mask value {v} is both a class and ignored" for v in mask.ignore
+                       if v in values]
 
 
 def class_values(spec: DatasetSpec, index: int) -> list[int]:
@@ -351,15 +350,23 @@ def change_bands(spec: DatasetSpec, bands: str | None = None,
                  stretch: str | None = None) -> DatasetSpec:
     """The dataset with other bands ("4,3,2") and another stretch; None keeps its own.
 
+    Names go with their bands; where a chosen band has none, all channels go without.
+
     Raises:
         UsageError: no list of numbers, or it does not go with the rest of the description.
     """
     content = spec.model_dump(mode="json")
     if bands is not None:
         try:
-            content["bands"] = [int(part) for part in bands.split(",")]
+            chosen = content["bands"] = [int(part) for part in bands.split(",")]
         except ValueError:
             raise UsageError(f"--bands {bands!r}: expected numbers like 4,3,2") from None
+        # Names and colours stay with their bands, where all of the chosen ones have any.
+        names = dict(zip(spec.bands or [1, 2, 3], spec.band_names or (), strict=False))
+        known = names.keys() >= set(chosen)
+        content["band_names"] = [names[band] for band in chosen] if known else None
+        if not set(spec.display or ()) <= set(chosen):
+            content["display"] = None
     if stretch is not None:
         content["raster"]["stretch"] = stretch
     return parse_dataset(content, f"of {spec.name!r} with --bands and --stretch")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -166,6 +166,9 @@ def check_split(split: Split, spec: DatasetSpec, config: DataConfig, *, going_on
     for name, look in looks.items():
         items = getattr(split, name)
         found = inspect_all(items, spec, look, title=f"checking {name}", progress=progress)
+        if name == "unlabeled":
+            split.unlabeled, warned = _without_bad_truth(items, found)
+            report.findings += warned
         if name == "labeled":
             split.pixels = _class_counts(found, spec)
         if name == "unlabeled" or (going_on and name == "labeled"):
@@ -182,6 +185,27 @@ def check_split(split: Split, spec: DatasetSpec, config: DataConfig, *, going_on
                 severity=severity)
         for name, count in zip(spec.class_names, split.pixels.sum(0), strict=True) if count == 0]
     return report
+
+
+def _without_bad_truth(items: Sequence[Item], found: Sequence[Seen]
+                       ) -> tuple[list[Item], list[Finding]]:
+    """Unlabelled images, without masks that cannot be read: they only measure pseudo-labels.
+
+    One warning about all such masks, whose findings are taken out of `found`. A mask of another
+    size than its image stays a problem: one of the two is not what it should be.
+    """
+    kept, bad = [], []
+    for item, seen in zip(items, found, strict=True):
+        wrong = [f for f in seen.findings if item.label is not None
+                 and f.kind != "size" and str(item.label) in f.files]
+        seen.findings = [f for f in seen.findings if f not in wrong]
+        bad += wrong
+        kept.append(replace(item, label=None) if wrong else item)
+    if not bad:
+        return kept, []
+    message = (f"{len(bad)} masks of unlabelled images cannot be used, so their pseudo-labels are "
+               f"not measured: {bad[0].message}")
+    return kept, [Finding(bad[0].kind, message, bad[0].files, "warning")]
 
 
 def check_val(split: Split, spec: DatasetSpec, *, progress: bool = True) -> Report:

@@ -24,7 +24,7 @@ from co2s_fast.data.files import open_image, write_text
 from co2s_fast.data.guess import guess_templates
 from co2s_fast.data.integrity import header_size
 from co2s_fast.data.pairing import Source, fields, find_sources, list_files
-from co2s_fast.data.rasters import is_picture, open_source, reading
+from co2s_fast.data.rasters import is_byte_picture, is_picture, open_source, reading
 from co2s_fast.data.tiles import SUFFIXES
 from co2s_fast.errors import DataError, UsageError
 
@@ -264,14 +264,18 @@ def _size(path: Path) -> tuple[int, int]:
 
 def _bands(path: Path) -> list[str]:
     """Lines about the bands of images that are not 8-bit colour or grey."""
-    if is_picture(path):
+    if is_byte_picture(path):
         return []
     with open_source(path) as source:
-        count, kinds = source.count, set(source.dtypes)
-    if count <= 3 and kinds == {"uint8"}:
-        return []
-    lines = [f"bands: {list(range(1, count + 1))}   # of {', '.join(sorted(kinds))}"]
-    return lines + [f"# band_names: [{', '.join(RGB)}, nir]"] * (count >= 4)
+        names = [kind.name for kind in source.colorinterp]
+        kinds = set(source.dtypes)
+    numbers = [band for band, name in enumerate(names, 1) if name != "alpha"]
+    alpha = [f"# Band {band} is called alpha: where it is 0 there is no data. Is it data? Add it."
+             for band in range(1, len(names) + 1) if band not in numbers]
+    if len(numbers) <= 3 and kinds == {"uint8"}:
+        return [f"# bands: {numbers}", *alpha] if alpha else []
+    lines = [*alpha, f"bands: {numbers}   # of {', '.join(sorted(kinds))}"]
+    return lines + [f"# band_names: [{', '.join(RGB)}, nir]"] * (len(numbers) >= 4)
 
 
 def _distinct(number: int, used: set[Color]) -> Color:

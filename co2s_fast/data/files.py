@@ -15,7 +15,7 @@ from PIL import Image
 
 from co2s_fast.data.catalogue import IGNORE, UNKNOWN, DatasetSpec, MaskSpec, class_values
 from co2s_fast.data.imagery import BandStatistics
-from co2s_fast.data.png import encode_png
+from co2s_fast.data.png import encode_png, png_bits
 from co2s_fast.errors import DataError
 
 DESCRIPTION = "dataset.yaml"
@@ -100,12 +100,17 @@ def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode not in _COLOR_MODES and image.mode not in ("CMYK", "YCbCr"):
         raise DataError(f"{path}: mode {image.mode}, expected 8-bit grey or RGB; `co2s-fast data "
                         "prepare` makes tiles of other rasters")
+    if png_bits(path) > 8:  # of which Pillow has kept the upper eight
+        raise DataError(f"{path}: 16 bits a channel, expected 8-bit grey or RGB; `co2s-fast data "
+                        "prepare` makes tiles of such images")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def load_picture(path: Path) -> tuple[Image.Image, NDArray[np.bool_] | None]:
     """`load_rgb`, and where the picture is fully transparent, bool [H, W]; None: nowhere."""
     image = open_image(path)
+    if "transparency" in image.info:  # a colour that stands for no data
+        image = image.convert("RGBA")
     if image.mode not in ("RGBA", "LA", "PA"):
         return _as_rgb(image, path), None
     transparent = np.asarray(image.getchannel("A")) == 0

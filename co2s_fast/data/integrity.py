@@ -20,6 +20,7 @@ from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.duplicates import Fingerprint, fingerprint
 from co2s_fast.data.files import Item, UndeclaredValueError, load_image, load_label
 from co2s_fast.data.pixels import RasterPixels
+from co2s_fast.data.png import png_bits
 from co2s_fast.data.rasters import open_source
 from co2s_fast.data.stretching import as_bytes
 from co2s_fast.errors import DataError
@@ -145,7 +146,7 @@ def looks_whole(path: Path, any_mode: bool = False) -> bool:
     try:
         with Image.open(path) as image, path.open("rb") as file:
             length = file.seek(0, os.SEEK_END)
-            if image.mode not in _PLAIN:
+            if image.mode not in _PLAIN or png_bits(path) > 8:
                 return False
             if image.format == "TIFF":
                 return _tiff_end(image) <= length

@@ -116,6 +116,18 @@ def build_loader(
         UsageError: unknown views, a batch that ranks cannot share, no unlabelled image to view, a
             pipeline that cannot run here.
     """
+    choice = choose_loader(config, device, spec)
+    check_batches(config, split, views, world, choice)
+    plan = Plan(config, spec, split, views, seed, rank, world)
+    steps = range(start_step, total_steps)
+    if choice.loader == "dali":
+        return _dali_loader(plan, steps, config.workers, choice, torch.device(device))
+    return _torch_loader(plan, steps, config.workers, choice, torch.device(device))
+
+
+def check_batches(config: DataConfig, split: Split, views: Collection[str], world: int,
+                  choice: LoaderChoice) -> None:
+    """Raise the UsageError that `build_loader` would, before anything is read."""
     unknown = set(views) - {*VIEWS, PARTNER}
     if unknown or "x" not in views:
         raise UsageError(f"views {sorted(views)}: expected 'x' and any of 'w', 's1', 's2'")
@@ -124,15 +136,9 @@ def build_loader(
     if set(views) - {"x"} and len(split.unlabeled) < config.batch_size:
         raise UsageError(f"{len(split.unlabeled)} unlabelled images, fewer than the batch size "
                          f"{config.batch_size}; the method needs unlabelled images")
-    choice = choose_loader(config, device, spec)
-    plan = Plan(config, spec, split, views, seed, rank, world)
-    steps = range(start_step, total_steps)
     if choice.loader == "dali" and PARTNER in views:
         raise UsageError("data.loader: dali cannot make a second augmentation of an image "
                          "(method.cutmix_partner 'same-image'); use torch")
-    if choice.loader == "dali":
-        return _dali_loader(plan, steps, config.workers, choice, torch.device(device))
-    return _torch_loader(plan, steps, config.workers, choice, torch.device(device))
 
 
 def _torch_loader(plan: Plan, steps: range, workers: int, choice: LoaderChoice,

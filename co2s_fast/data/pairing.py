@@ -71,20 +71,30 @@ def check_templates(files: FilesSpec, tile: TileSpec) -> None:
         raise UsageError("; ".join(problems))
 
 
-def list_files(root: Path) -> list[str]:
-    """All files below a folder but hidden ones, as sorted relative paths with forward slashes."""
-    paths = (Path(folder, name).relative_to(root)
-             for folder, _, files in os.walk(root, followlinks=True) for name in files)
+def list_files(root: Path, without: Path | None = None) -> list[str]:
+    """All files below a folder but hidden ones, as sorted relative paths with forward slashes.
+
+    Args:
+        root: the folder.
+        without: what lies below this one is left out.
+    """
+    paths = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if without is not None:
+            folders[:] = [name for name in folders if Path(folder, name).resolve() != without]
+        paths += [Path(folder, name).relative_to(root) for name in files]
     return sorted(path.as_posix() for path in paths if not is_hidden(path))
 
 
-def find_sources(raw: Path, spec: DatasetSpec, more: Path | None = None) -> list[Source]:
+def find_sources(raw: Path, spec: DatasetSpec, more: Path | None = None,
+                 without: Path | None = None) -> list[Source]:
     """All images below raw that match one of the dataset's layouts, sorted, with their masks.
 
     Args:
         raw: folder of the raw files.
         spec: its layouts are tried in order; the first that any image matches is taken.
         more: a second folder that counts as part of the first, for unpacked archives.
+        without: a folder below raw whose files do not count.
 
     Raises:
         UsageError: the dataset declares no templates, or wrong ones.
@@ -98,7 +108,7 @@ def find_sources(raw: Path, spec: DatasetSpec, more: Path | None = None) -> list
     if not raw.exists():
         raise DataError(f"raw folder {raw}: missing")
     paths = {name: root / name for root in (more, raw) if root is not None and root.is_dir()
-             for name in list_files(root)}
+             for name in list_files(root, without)}
     for files in spec.layouts:
         if sources := _layout(raw, paths, files):
             return sources
@@ -106,6 +116,14 @@ def find_sources(raw: Path, spec: DatasetSpec, more: Path | None = None) -> list
     found = f"found {', '.join(names[:3])}, ..." if names else "found no files"
     wanted = " or ".join(repr(files.images) for files in spec.layouts)
     raise DataError(f"{raw}: no file matches {wanted}; {found}")
+
+
+def named_files(raw: Path, spec: DatasetSpec, without: Path | None = None) -> list[str]:
+    """The files below raw that any template of the dataset matches, relative and sorted."""
+    patterns = [pattern(template) for files in spec.layouts
+                for template in (files.images, files.labels) if template]
+    return [name for name in list_files(raw, without)
+            if any(each.fullmatch(name) for each in patterns)]
 
 
 def _layout(raw: Path, paths: dict[str, Path], files: FilesSpec) -> list[Source]:

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from co2s_fast.data.batch import Batch
-from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.damage import Damaged, read_place
-from co2s_fast.data.draws import LABELED, UNLABELED, Geometry
+from co2s_fast.data.draws import LABELED, UNLABELED
 from co2s_fast.data.files import Item
-from co2s_fast.data.pixels import Pixels, open_pixels
+from co2s_fast.data.pixels import open_pixels
 from co2s_fast.data.plan import STRONG, Plan
 from co2s_fast.data.strong_on_device import pack
 from co2s_fast.data.transforms import crop_label, strong_view
@@ -93,13 +92,8 @@ class StepDataset(Dataset):
             rows = [pack(drawn.colours[number]) for number, _ in strong]
             out["colours"] = np.array(rows, np.float32)
         if plan.truth:
-            out["truth"] = self._truth(item, image, drawn.geometry)
+            out["truth"] = plan.true_crop(item, drawn.geometry, image.height, image.width)
         return out
-
-    def _truth(self, item: Item, image: Pixels, geometry: Geometry) -> NDArray[np.uint8]:
-        if item.label is None:
-            return np.full((geometry.crop, geometry.crop), IGNORE, np.uint8)
-        return crop_label(self.plan.label(item, image.height, image.width), geometry)
 
 
 def _stack(samples: list[dict[str, NDArray | str]]) -> dict[str, Tensor | list[str]]:

@@ -7,6 +7,7 @@ ranks together see what one process sees.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
@@ -14,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from co2s_fast.data import draws as D
-from co2s_fast.data.catalogue import DatasetSpec
+from co2s_fast.data.catalogue import IGNORE, DatasetSpec
 from co2s_fast.data.config import DataConfig
 from co2s_fast.data.draws import LABELED, UNLABELED
 from co2s_fast.data.files import Item, load_label
 from co2s_fast.data.imbalance import ClassSampler, labeled_pixels
 from co2s_fast.data.splits import Split
+from co2s_fast.data.transforms import crop_label
 from co2s_fast.errors import DataError
 
 VIEWS = ("x", "w", "s1", "s2")
@@ -95,6 +97,7 @@ class Plan:
         self._labeled = Order(len(split.labeled), len(split.labeled), seed, LABELED)
         count = len(split.unlabeled)
         self._unlabeled = Order(count, count // size * size, seed, UNLABELED)
+        self._warned = False  # of a mask that only measures pseudo-labels
 
     @property
     def has_unlabeled(self) -> bool:
@@ -151,6 +154,22 @@ class Plan:
             placed = self.sampler.place(drawn.geometry, label, step, position)
             return replace(drawn, geometry=placed)
         return drawn
+
+    def true_crop(self, item: Item, geometry: D.Geometry, height: int, width: int
+                  ) -> NDArray[np.uint8]:
+        """The crop of an unlabelled image's label, which only measures pseudo-labels.
+
+        All 255 where there is none, and where it cannot be used; one warning tells of such.
+        """
+        if item.label is not None:
+            try:
+                return crop_label(self.label(item, height, width), geometry)
+            except DataError as error:
+                if not self._warned:
+                    warnings.warn("masks of unlabelled images cannot be used, so their "
+                                  f"pseudo-labels are not measured: {error}", stacklevel=2)
+                self._warned = True
+        return np.full((geometry.crop, geometry.crop), IGNORE, np.uint8)
 
     def label(self, item: Item, height: int, width: int) -> NDArray[np.uint8]:
         """The label of an image of that size.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,18 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _RGB, _INDEXED, _RGBA = 0, 2, 3, 6  # colour types
 _NONE, _UP = 0, 2  # filters
 _CHUNK = 1 << 30  # bytes; a chunk may have 2^31 - 1
+
+
+def png_bits(path: Path) -> int:
+    """Bits a channel by the header of a PNG; 8 of any other file, also of one that is not there."""
+    if path.suffix.lower() != ".png":
+        return 8
+    try:
+        with path.open("rb") as file:
+            head = file.read(25)
+    except OSError:
+        return 8
+    return head[24] if len(head) == 25 and head.startswith(_SIGNATURE) else 8
 
 
 def encode_png(

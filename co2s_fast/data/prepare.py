@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import threading
+import unicodedata
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +30,7 @@ from co2s_fast.data.archives import find_archives, unpacked
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec, TileSpec
 from co2s_fast.data.files import save_label, write_description, write_text
 from co2s_fast.data.imagery import BandStatistics
-from co2s_fast.data.pairing import Source, find_sources, list_files
+from co2s_fast.data.pairing import Source, find_sources, named_files
 from co2s_fast.data.raw import Piece, RawImage, open_raw
 from co2s_fast.data.splits import summary
 from co2s_fast.data.survey import survey
@@ -79,7 +81,8 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
                     progress: bool = True) -> Prepared:
     """Cut the raw images of a dataset into tiles and decode their masks.
 
-    Doing it again changes nothing; doing it with another description needs `overwrite`.
+    Doing it again changes nothing; with another description, or after a raw file was edited, it
+    needs `overwrite`.
 
     Args:
         spec: the description.
@@ -103,20 +106,26 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
         raise UsageError(f"dataset {spec.name!r} is made from raw files: give their folder with "
                          f"--raw{source}")
     raw = Path(raw)
+    out = out.resolve() if out.is_symlink() else out  # the link stays, its folder is replaced
+    if out.is_mount():
+        raise DataError(f"{out}: a mount point, which cannot be replaced; choose a folder in it")
     archives = find_archives(raw)
-    record = _record(raw, spec)
+    record = _record(raw, archives, spec, out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        if not overwrite and (done := _same(out, record)):
-            return done
         if not (out / RECORD).is_file() or raw.resolve().is_relative_to(out.resolve()):
             raise DataError(f"{out}: exists and is no prepared folder; choose another one")
+        found = _read_record(out)
+        change = _difference(found, record)
+        if found is not None and change is None and not overwrite:
+            return Prepared(out, found["images"], found["tiles"], found["labeled"],
+                            found["pixels"], True)
         if not overwrite:
-            raise DataError(f"{out}: exists and was not prepared from {raw} with this description; "
-                            "choose another folder, or overwrite it (--overwrite)")
+            raise DataError(f"{out}: exists and was not prepared from {raw} with this description: "
+                            f"{change}; choose another folder, or overwrite it (--overwrite)")
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     with unpacked(archives, out, progress) as more:
-        sources = find_sources(raw, spec, more)
+        sources = find_sources(raw, spec, more, out.resolve())
         dtype = survey(sources, spec)
         for name in ("images", "labels"):
             (temporary / name).mkdir(parents=True)
@@ -136,12 +145,12 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
             totals = {"images": prepared.images, "tiles": prepared.tiles,
                       "labeled": prepared.labeled, "pixels": prepared.pixels}
             write_text(temporary / RECORD, json.dumps({**record, **totals}, indent=1))
+            if out.exists():
+                shutil.rmtree(out)
+            temporary.rename(out)
         except BaseException:
             shutil.rmtree(temporary)
             raise
-    if out.exists():
-        shutil.rmtree(out)
-    temporary.rename(out)
     return prepared
 
 
@@ -157,23 +166,48 @@ def _generate(spec: DatasetSpec, out: Path, progress: bool) -> Prepared:
     return Prepared(out, images=count, tiles=count, labeled=count, already=already)
 
 
-def _record(raw: Path, spec: DatasetSpec) -> dict:
-    """What decides whether a prepared folder is up to date."""
-    names = list_files(raw) if raw.is_dir() else []
-    files = {name: (raw / name).stat().st_size for name in names}
-    if raw.is_file():
-        files = {raw.name: raw.stat().st_size}
+def _record(raw: Path, archives: list[Path], spec: DatasetSpec, out: Path) -> dict:
+    """What decides whether a prepared folder is up to date.
+
+    The description; size and time [bytes, ns] of archives and of raw files that a template matches.
+    """
+    names = named_files(raw, spec, out.resolve()) if raw.is_dir() else []
+    paths = {path.relative_to(raw).as_posix() if path != raw else raw.name: path
+             for path in [*archives, *(raw / name for name in names)]}
+    files = {}
+    for name, path in paths.items():
+        try:
+            found = path.stat()
+        except OSError as error:  # a link that leads nowhere
+            raise DataError(f"{path}: {error.strerror}") from None
+        files[name] = [found.st_size, found.st_mtime_ns]
     return {"description": spec.model_dump(mode="json"), "files": files}
 
 
-def _same(out: Path, record: dict) -> Prepared | None:
+def _read_record(out: Path) -> dict | None:
+    """The record of a prepared folder; None where it is damaged."""
     try:
         found = json.loads((out / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or any(found.get(key) != value for key, value in record.items()):
+    known = isinstance(found, dict) and isinstance(found.get("files"), dict)
+    return found if known and {"images", "tiles", "labeled", "pixels"} <= found.keys() else None
+
+
+def _difference(found: dict | None, record: dict) -> str | None:
+    """What has changed since a folder was prepared; None: nothing."""
+    if found is None:
+        return f"{RECORD} is damaged"
+    if found.get("description") != record["description"]:
+        return "the description is another one"
+    old, new = found["files"], record["files"]
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if not changed:
         return None
-    return Prepared(out, found["images"], found["tiles"], found["labeled"], found["pixels"], True)
+    how = {(True, False): "is gone", (False, True): "is new"}.get(
+        (changed[0] in old, changed[0] in new), "was changed")
+    more = f", and {len(changed) - 1} more differ" if len(changed) > 1 else ""
+    return f"{changed[0]} {how}{more}"
 
 
 @dataclass
@@ -258,7 +292,8 @@ def _write_source(
     found, jobs = _Written(), deque[Future[None]]()
     try:
         with open_raw(source, spec, tile) as image:
-            suffix = writer.suffix(source, image, tile)
+            copied = writer.is_copied(image, tile)
+            suffix = writer.suffix(source, tile, copied)
             for place in _places(image, tile):
                 piece = image.part(place.y, place.x, place.height, place.width)
                 if piece.empty:
@@ -271,7 +306,8 @@ def _write_source(
                 row = (f"{name}{suffix}", source.group, source.image.name, place.y, place.x)
                 found.rows.append(row)
                 path = root / "images" / f"{name}{suffix}"
-                write = writer.image(path, piece, source, image, place, tile)
+                write = (writer.copy(path, source) if copied
+                         else writer.image(path, piece, image, place, tile))
                 jobs.append(writers.submit(write))
                 if piece.label is not None:
                     label = _padded(piece.label, tile.size)
@@ -315,7 +351,9 @@ def _names(sources: list[Source], spec: DatasetSpec) -> dict[Source, str]:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_.")
+    """A file name of letters and digits of any language; of none at all, a number in its place."""
+    name = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", text)).strip("_.")
+    return name or f"image-{zlib.crc32(text.encode()):08x}"
 
 
 def starts(length: int, tile: TileSpec) -> list[int]:
@@ -324,8 +362,10 @@ def starts(length: int, tile: TileSpec) -> list[int]:
     if length <= size:
         return [] if tile.edge == "drop" and length < size else [0]
     whole = list(range(0, length - size + 1, stride))
-    if whole[-1] + size < length and tile.edge != "drop":
-        whole.append(length - size if tile.edge == "shift" else whole[-1] + stride)
+    if whole[-1] + size < length and tile.edge == "shift":
+        whole.append(length - size)
+    elif whole[-1] + size < length and tile.edge == "pad" and whole[-1] + stride < length:
+        whole.append(whole[-1] + stride)
     return whole
 
 

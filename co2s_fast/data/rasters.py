@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from co2s_fast.data.imagery import DTYPES, Imagery
+from co2s_fast.data.png import png_bits
 from co2s_fast.errors import DataError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
@@ -28,6 +29,11 @@ CHOSEN = "CO2S_FAST_BANDS"
 def is_picture(path: Path) -> bool:
     """Whether Pillow reads the file as a whole; all others go through rasterio."""
     return path.suffix.lower() in PICTURES
+
+
+def is_byte_picture(path: Path) -> bool:
+    """Whether it is a picture of at most 8 bits a channel: of 16, Pillow keeps the upper ones."""
+    return is_picture(path) and png_bits(path) <= 8
 
 
 class Raster:

@@ -30,6 +30,7 @@ from co2s_fast.data.files import (
 from co2s_fast.data.pairing import Source
 from co2s_fast.data.rasters import (
     Raster,
+    is_byte_picture,
     is_picture,
     open_raster,
     open_source,
@@ -275,8 +276,9 @@ def open_raw(source: Source, spec: DatasetSpec, tile: TileSpec) -> Iterator[RawI
     spec = spec.model_copy(update={"mask": mask})
     with ExitStack() as files:
         image: RawImage
-        plain = spec.bands is None and spec.raster.rule("uint8") == "none"
-        if is_picture(source.image) and plain and mask.encoding != "polygons":
+        plain = (spec.bands is None and spec.raster.nodata is None
+                 and spec.raster.rule("uint8") == "none" and mask.encoding != "polygons")
+        if plain and is_byte_picture(source.image):
             image = RawPicture(source.image, tile.scale)
         else:
             image = RawRaster(files.enter_context(open_raster(source.image, spec)), tile.scale)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from co2s_fast.data.catalogue import DatasetSpec, explain, load_dataset
 from co2s_fast.data.config import DataConfig, parse_ratio
 from co2s_fast.data.files import DESCRIPTION, Item, load_label, write_text
+from co2s_fast.data.hold_out import apart_from, hold_out
 from co2s_fast.data.splits import (
     SPLITS,
     describe_root,
@@ -22,11 +22,10 @@ from co2s_fast.data.splits import (
     split_name,
     summary,
 )
-from co2s_fast.data.tiles import group_from_name, list_images, read_groups
+from co2s_fast.data.tiles import list_images
 from co2s_fast.errors import DataError, UsageError
 
 _COVERED = 0.01  # share of an image that a class must fill for the image to count as covering it
-_VAL_SEED = 0
 
 
 @dataclass
@@ -47,10 +46,10 @@ def split_dataset(root: Path, spec: DatasetSpec | None = None, *, ratio: str | N
                   labels: int | None = None, seed: int = 0, progress: bool = True) -> CreatedSplit:
     """Write `splits/<name>/labeled.txt`, `unlabeled.txt`, and `splits/val.txt` where it is missing.
 
-    Validation takes whole groups by the dataset's rule, whatever the seed, so all splits of a
-    dataset validate on the same images. Labelled images are the first of one order that depends on
-    the seed only: smaller splits are nested in larger ones. That order starts with images that
-    together show every class.
+    Validation takes whole groups by the dataset's rule (of a single labelled scene a block of its
+    tiles), whatever the seed, so all splits of a dataset validate on the same images. Labelled
+    images are the first of one order that depends on the seed only: smaller splits are nested in
+    larger ones. That order starts with images that together show every class.
 
     Args:
         root: the prepared folder.
@@ -85,8 +84,9 @@ def split_dataset(root: Path, spec: DatasetSpec | None = None, *, ratio: str | N
     notes += _missing_classes(shares[order], spec)
     chosen = {candidates[i].image for i in order}
     folder = root / SPLITS / split_name(config)
-    _write_list(folder / "labeled.txt", [candidates[i] for i in order], root)
     _write_list(folder / "unlabeled.txt", [t for t in train if t.image not in chosen], root)
+    # Last: where it is, the split counts as made.
+    _write_list(folder / "labeled.txt", [candidates[i] for i in order], root)
     created = CreatedSplit(folder, len(order), len(train) - len(order), len(val))
     created.notes = [f"made the split {folder}: {created.labeled} labelled, {created.unlabeled} "
                      f"unlabelled, {created.val} validation images, seed {seed}", *notes]
@@ -98,31 +98,28 @@ def _train_and_val(root: Path, spec: DatasetSpec) -> tuple[list[Item], list[Item
     if not items:
         raise DataError(f"{root / 'images'}: no images")
     problems: list[str] = []
-    val_list, notes, known = root / SPLITS / "val.txt", [], read_groups(root)
-    groups = {i.image.name: known.get(i.image.name) or group_from_name(i.name) for i in items}
+    val_list, notes, prepared = root / SPLITS / "val.txt", [], _prepared(root, spec)
     if val_list.is_file():
         listed = {i.image.name for i in read_list(val_list, root, problems, need_label=True)}
         if problems:
             raise DataError(summary(problems))
-        # Groups guessed from names do not overrule a list that came from elsewhere.
-        held = {known[name] for name in listed if name in known}
+        apart = apart_from(root, items, listed, prepared)
     else:
-        held = _choose_val(items, groups, _prepared_rule(root, spec), root)
-        listed = {i.image.name for i in items
-                  if i.label is not None and groups[i.image.name] in held}
-        notes.append(f"held {len(listed)} images out for validation ({val_list})")
+        held = hold_out(root, items, prepared)
+        listed, apart = held.val, held.apart
+        notes += [f"held {len(listed)} images out for validation ({val_list})", *held.notes]
         _write_list(val_list, [i for i in items if i.image.name in listed], root)
-    train = [i for i in items if i.image.name not in listed and groups[i.image.name] not in held]
+    train = [i for i in items if i.image.name not in listed | apart]
     if not train:
         raise DataError(f"{root}: all {len(items)} images are in groups held out for validation "
                         f"({val_list}), none are left to train on")
     return train, [i for i in items if i.image.name in listed], notes
 
 
-def _prepared_rule(root: Path, spec: DatasetSpec) -> float | list[str]:
-    """The rule that came with the prepared folder, else the dataset's."""
+def _prepared(root: Path, spec: DatasetSpec) -> DatasetSpec:
+    """The description that came with the prepared folder, else the dataset's."""
     description = root / DESCRIPTION
-    return (load_dataset(description) if description.is_file() else spec).val
+    return load_dataset(description) if description.is_file() else spec
 
 
 def training_images(root: Path, spec: DatasetSpec) -> tuple[list[Item], list[str]]:
@@ -130,33 +127,15 @@ def training_images(root: Path, spec: DatasetSpec) -> tuple[list[Item], list[str
 
     All images, where the rule cannot be applied (yet): with labels for one group only, or none.
     """
-    items, known = list_images(root), read_groups(root)
-    groups = {i.image.name: known.get(i.image.name) or group_from_name(i.name) for i in items}
+    items = list_images(root)
     try:
-        held = _choose_val(items, groups, spec.val, root)
+        held = hold_out(root, items, spec)
     except DataError as error:
         return items, [f"band statistics are of all images, validation included: {error}"]
-    train = [i for i in items if groups[i.image.name] not in held]
+    train = [i for i in items if i.image.name not in held.val | held.apart]
     if not train:
         return items, ["band statistics are of all images: every group is held out to validate"]
     return train, []
-
-
-def _choose_val(items: Sequence[Item], groups: dict[str, str], rule: float | list[str],
-                root: Path) -> set[str]:
-    """Names of the groups held out: whole groups that have a label."""
-    names = list(dict.fromkeys(groups[i.image.name] for i in items if i.label is not None))
-    if isinstance(rule, list):
-        taken = [g for g in names if any(fnmatchcase(g, pattern) for pattern in rule)]
-        if not taken:
-            raise DataError(f"{root}: no labelled group matches the validation patterns "
-                            f"{', '.join(rule)}; groups are {', '.join(names[:4])}, ...")
-        return set(taken)
-    if len(names) < 2:
-        raise DataError(f"{root}: {len(names)} groups of labelled images, validation by whole "
-                        "groups needs at least 2")
-    order = np.random.default_rng(_VAL_SEED).permutation(len(names))
-    return {names[i] for i in order[: max(round(len(names) * rule), 1)]}
 
 
 def _class_shares(items: Sequence[Item], spec: DatasetSpec, progress: bool) -> np.ndarray:

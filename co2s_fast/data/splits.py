@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from co2s_fast.data.catalogue import DatasetSpec, dataset_names, load_dataset
 from co2s_fast.data.config import DataConfig, parse_ratio
 from co2s_fast.data.files import DESCRIPTION, Item
+from co2s_fast.data.tiles import is_uniform
 from co2s_fast.errors import DataError, UsageError
 
 SPLITS = "splits"
@@ -198,11 +199,6 @@ def describe_root(root: Path) -> DatasetSpec:
                     f"not named after a dataset ({', '.join(dataset_names())})")
 
 
-def is_uniform(root: Path) -> bool:
-    """Whether labels below root hold class ids (prepared here), not raw values (by others)."""
-    return (root / DESCRIPTION).is_file()
-
-
 def read_split(root: Path, folder: Path, spec: DatasetSpec, *, check_files: bool = True) -> Split:
     """Read `labeled.txt`, `unlabeled.txt` and `val.txt` and check every file they name.
 
@@ -259,7 +255,7 @@ def read_list(path: Path, root: Path, problems: list[str], *, need_label: bool,
     Between names that hold spaces, and after an image without a label, stands a tab.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         problems.append(f"split list {path}: missing")
         return []

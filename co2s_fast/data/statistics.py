@@ -82,7 +82,7 @@ def _of_integers(images: Images, dtype: str, percentiles: tuple[float, float] | 
     out = []
     for number, row in enumerate(counts):
         total = _at_least_one(int(row.sum()), number, spec)
-        low, high = float(max(limits.min, 0)), float(limits.max)
+        low, high = float(limits.min), float(limits.max)
         if percentiles is not None:
             upto = np.cumsum(row)
             low, high = (float(values[np.searchsorted(upto, _rank(p, total), side="right")])

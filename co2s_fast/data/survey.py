@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.pairing import Source
-from co2s_fast.data.rasters import is_picture, open_raster
+from co2s_fast.data.rasters import is_byte_picture, open_raster
 from co2s_fast.data.splits import summary
 from co2s_fast.errors import DataError
 
@@ -24,7 +24,7 @@ def survey(sources: Sequence[Source], spec: DatasetSpec) -> str | None:
     kinds: dict[str, str] = {}
     problems = []
     for source in sources:
-        if is_picture(source.image) and spec.bands is None:
+        if is_byte_picture(source.image) and spec.bands is None:
             kinds.setdefault("uint8", str(source.image))
             continue
         try:

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from co2s_fast.data.catalogue import DatasetSpec, TileSpec
-from co2s_fast.data.files import replacing, save_image
+from co2s_fast.data.files import load_rgb, replacing, save_image
 from co2s_fast.data.pairing import Source
 from co2s_fast.data.rasters import CHOSEN, Raster, placed, quiet
 from co2s_fast.data.raw import Piece, RawImage, RawPicture, RawRaster
 from co2s_fast.data.tiles import SUFFIXES
+from co2s_fast.errors import DataError
 
 _BLOCK = 256
 
@@ -45,28 +46,30 @@ class TileWriter:
     def __init__(self, spec: DatasetSpec, dtype: str | None) -> None:
         self.spec, self.dtype = spec, dtype
 
-    def suffix(self, source: Source, image: RawImage, tile: TileSpec) -> str:
+    def suffix(self, source: Source, tile: TileSpec, copied: bool) -> str:
         """Ending of the image files that an image's tiles go to."""
         if self.dtype is not None:
             return ".tif"
-        if self.is_copied(image, tile):
-            return source.image.suffix.lower()
-        return f".{tile.format}"
+        return source.image.suffix.lower() if copied else f".{tile.format}"
 
     def is_copied(self, image: RawImage, tile: TileSpec) -> bool:
-        """Not a pixel changes, so the file need not be encoded anew."""
+        """Not a pixel changes, so the file need not be encoded anew. See `copy`."""
         if self.dtype is not None or tile.size is not None or tile.scale != 1:
             return False
-        plain = isinstance(image, RawRaster) and (
-            image.raster.is_complete and image.raster.palette is None and self.spec.bands is None
-            and image.raster.path.suffix.lower() in SUFFIXES)
-        return plain or isinstance(image, RawPicture)
+        if isinstance(image, RawPicture):
+            return True
+        raster: Raster = image.raster
+        return (raster.is_complete and raster.palette is None and self.spec.bands is None
+                and raster.source.count in (1, 3) and raster.path.suffix.lower() in SUFFIXES
+                and _opens(raster.path))
 
-    def image(self, path: Path, piece: Piece, source: Source, image: RawImage, place: Place,
-              tile: TileSpec) -> Callable[[], None]:
+    def copy(self, path: Path, source: Source) -> Callable[[], None]:
+        """What copies the image file when it is called, in any thread."""
+        return partial(_copy, source.image, path)
+
+    def image(self, path: Path, piece: Piece, image: RawImage, place: Place, tile: TileSpec
+              ) -> Callable[[], None]:
         """What writes the image file of a tile when it is called, in any thread."""
-        if self.is_copied(image, tile):
-            return partial(_copy, source.image, path)
         height, width = (tile.size or place.height), (tile.size or place.width)
         if self.dtype is None:
             return partial(save_image, path, picture(piece, height, width))
@@ -148,6 +151,15 @@ def _padded(pixels: NDArray, valid: NDArray[np.bool_] | None, height: int, width
     window = np.s_[:, : pixels.shape[1], : pixels.shape[2]]
     out[window], known[window] = pixels, True if valid is None else valid
     return out, known
+
+
+def _opens(path: Path) -> bool:
+    """Whether training, which reads 8-bit colour through Pillow, can read a raster as it is."""
+    try:
+        load_rgb(path)
+    except DataError:
+        return False
+    return True
 
 
 def _copy(source: Path, path: Path) -> None:

@@ -15,7 +15,7 @@ from co2s_fast.data.files import replacing
 from co2s_fast.data.imagery import Imagery
 from co2s_fast.data.validation import val_size
 from co2s_fast.engine.inference import BOTH, wanted_predictions
-from co2s_fast.engine.launch import default_device
+from co2s_fast.engine.launch import device_of
 from co2s_fast.engine.log import say
 from co2s_fast.engine.outputs import check_writable
 from co2s_fast.engine.panels import as_rgb
@@ -100,8 +100,9 @@ def attend(
         raise UsageError(f"--out {out}: expected a file ending in {', '.join(FIGURES)}")
     if not image.is_file():
         raise DataError(f"{image}: missing file")
-    device = default_device()
+    device = device_of(run)
     config, spec, students = load_run(run, checkpoint, device=device)
+    student = BOTH if student == "all" else student
     (wanted,) = wanted_predictions(students, student if len(students) > 1 or student != BOTH
                                    else next(iter(students)))  # fmt: skip
     chosen = students if wanted == BOTH else {wanted: students[wanted]}

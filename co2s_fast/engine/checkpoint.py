@@ -73,12 +73,18 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def sync_to_disk(path: Path) -> None:
     """Have a file's (or a folder's list of) bytes survive a power cut."""
+    if path.is_file():
+        with path.open("r+b") as file:  # Windows syncs only what may be written
+            os.fsync(file.fileno())
+        return
+    if os.name == "nt":
+        return  # cannot open a folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Windows and some network mounts cannot sync a folder.
-        if path.is_file() or error.errno not in {errno.EINVAL, errno.EACCES, errno.EBADF}:
+        # Some network mounts cannot sync a folder.
+        if error.errno not in {errno.EINVAL, errno.EACCES, errno.EBADF}:
             raise
     finally:
         os.close(descriptor)
@@ -195,6 +201,12 @@ def unpack_optimizer(
         for group, kept in zip(own, saved, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    # Files hold contiguous tensors; a fused update walks through the memory of a parameter and of
+    # its moments side by side, so these must lie as the parameter does (channels last, say).
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def as_before(key: str, value: Any) -> Any:

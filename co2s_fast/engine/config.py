@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from co2s_fast.data import DataConfig, dataset_names
+from co2s_fast.data.files import DESCRIPTION
 from co2s_fast.data.imbalance import read_class_weight
 from co2s_fast.engine.compat import compat_settings, nested
 from co2s_fast.engine.evaluation import EvalConfig
@@ -27,6 +29,10 @@ AnyMethodConfig = Annotated[
     Union[tuple(get_method(name).Config for name in METHODS)],  # noqa: UP007
     Field(discriminator="name"),
 ]
+
+
+_EXAMPLES = {"data": "data.labels=20", "method": "method.name=onlysup",
+             "train": "train.steps=500", "students": "students.ssm.model=..."}
 
 
 class _Strict(BaseModel):
@@ -177,7 +183,9 @@ class RunConfig(_Strict):
             return self.out
         data = self.data
         split = data.ratio or (data.split and data.split.name) or data.labels or "all"
-        parts = [Path(data.dataset).stem, str(split).replace("/", "_"), self.method.name]
+        file = Path(data.dataset)  # a prepared folder's is dataset.yaml: the folder has the name
+        name = file.resolve().parent.name if file.name == DESCRIPTION else file.stem
+        parts = [name, str(split).replace("/", "_"), self.method.name]
         if self.seed:
             parts.append(f"seed{self.seed}")
         return Path("runs") / "-".join(parts)
@@ -205,9 +213,12 @@ def load_config(
     options = dict(options or {})
     chosen = options.pop("chosen", {})
     changes = merge(parse_overrides(overrides), options)
+    check_sections(changes, "--set")
     if recipe is None:
         recipe = default_recipe(str(changes.get("data", {}).get("dataset", "demo")))
-    content = put_students(read_recipe(recipe), chosen)
+    content = read_recipe(recipe)
+    check_sections(content, f"recipe {recipe}")
+    content = put_students(content, chosen)
     name = changes.get("method", {}).get("name")
     if name is not None and content.get("method", {}).get("name") != name:
         content["method"] = {}  # options of another method would be unknown to this one
@@ -229,6 +240,14 @@ def load_config(
         students = {"students": merge(settings.get("students", {}), content.get("students", {}))}
         content = merge(merge(content, settings), own) | students
     return parse_config(merge(content, changes) | {"compat": asked}, f"recipe {recipe}")
+
+
+def check_sections(content: Mapping[str, Any], origin: str) -> None:
+    """Raise a UsageError where a section of the configuration is a single value."""
+    for name in ("data", "method", "train", "students"):
+        if not isinstance(content.get(name, {}), Mapping):
+            raise UsageError(f"{origin}: {name}: expected a section of values, like "
+                             f"{_EXAMPLES[name]}, found {content[name]!r}")
 
 
 def with_compat(config: RunConfig, compat: str) -> RunConfig:
@@ -387,10 +406,12 @@ def dump_config(config: RunConfig) -> str:
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-# What may differ between a run and its continuation: none of it changes what is computed.
+# What may differ between a run and its continuation: none of it changes what is computed, but for
+# the rounding of sums where images go through in other groups.
 RESUMABLE = {"out", "compat", "data.root", "data.workers", "data.max_damaged", "train.device",
              "train.backend", "train.tensorboard", "train.log_every", "train.save_every",
-             "train.debug_steps"}  # fmt: skip
+             "train.debug_steps", "eval.batch_windows", "eval.panels"}  # fmt: skip
+_CHECKPOINTING = re.compile(r"students\.[^.]+\.(decoder\.)?gradient_checkpointing")
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
@@ -399,7 +420,8 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
     return [
         f"{key}: {old.get(key)!r} in the run, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if key not in RESUMABLE and old.get(key) != new.get(key)
+        if key not in RESUMABLE and not _CHECKPOINTING.fullmatch(key)
+        and old.get(key) != new.get(key)
     ]
 
 

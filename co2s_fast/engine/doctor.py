@@ -8,14 +8,17 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 PACKAGES = (
     "torch", "torchvision", "triton", "open_clip_torch", "timm", "numpy", "pillow", "safetensors",
-    "click", "pydantic", "tensorboard", "rasterio", "kornia", "nvidia-dali-cuda120", "pybind11",
-    "ninja",
+    "click", "pydantic", "tensorboard", "rasterio", "kornia", "nvidia-dali-cuda120", "fiona",
+    "onnx", "onnxscript", "onnxruntime", "pybind11", "ninja",
 )  # fmt: skip
 OPTIONAL_FIX = {
+    "fiona": "pip install 'co2s-fast[geo]' (for polygons)",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "pip install 'co2s-fast[export]'"),
     "nvidia-dali-cuda120": "pip install 'co2s-fast[dali]'",
     "pybind11": "pip install pybind11 (only to build the native kernels)",
     "ninja": "pip install ninja (only to build the native kernels)",
@@ -70,7 +73,7 @@ def gpu_lines() -> list[str]:
     if not torch.cuda.is_available():
         driver = "nvidia-smi found" if shutil.which("nvidia-smi") else "no nvidia-smi on PATH"
         return [built, f"torch sees no GPU ({driver}): training runs on the CPU"]
-    lines = [built]
+    lines = [built, f"driver {driver_version() or 'unknown (nvidia-smi does not say)'}"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(
@@ -78,6 +81,16 @@ def gpu_lines() -> list[str]:
             f"{properties.total_memory / 2**30:.0f} GiB"
         )
     return lines
+
+
+def driver_version() -> str | None:
+    """Of the first GPU, as nvidia-smi says; None where it does not."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
 
 
 def native_lines() -> list[str]:

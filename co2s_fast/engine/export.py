@@ -171,6 +171,7 @@ def _licence(provenance: Mapping[str, Any]) -> str:
 
 
 def _chosen(students: dict[str, Student], student: str) -> dict[str, Student]:
+    student = BOTH if student == "all" else student
     one = student if student != BOTH or len(students) > 1 else next(iter(students))
     (wanted,) = wanted_predictions(students, one)
     return students if wanted == BOTH else {wanted: students[wanted]}

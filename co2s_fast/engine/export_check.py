@@ -116,7 +116,7 @@ def sample_tiles(
     try:
         if spec.generated and not any((r / "images").is_dir() for r in candidate_roots(data, spec)):
             raise DataError(f"dataset {spec.name!r} has not been generated here")
-        items = val_dataset(open_split(data, spec).val, spec, data)
+        items = val_dataset(open_split(data, spec, "evaluate").val, spec, data)
         images = [torch.as_tensor(items[i % len(items)][0]) for i in range(count)]
     except (DataError, UsageError) as error:
         say(f"export: comparing on generated tiles, as the validation images are not here: {error}")

@@ -26,8 +26,8 @@ class EvalConfig(BaseModel):
         crop: side of a window in pixels; None: the dataset's training crop.
         stride: distance of windows as a share of the crop, rounded down to pixels.
         batch_windows: windows (or whole small images) that go through a student at once.
-        student: which prediction to score: a student's name, "both" (mean of probabilities), or
-            "all".
+        student: which prediction `eval` scores: a student's name, "both" (mean of probabilities),
+            or "all". Training scores all.
         absent: what a class without ground truth does to the mean, see `Metrics`.
         precision: "bfloat16" runs the students under autocast; "auto" does so on CUDA only, and for
             the maps of `prediction.predict` also on a CPU that computes in it, see `for_maps`.

@@ -13,10 +13,13 @@ import torch
 from co2s_fast.data import open_split, val_dataset
 from co2s_fast.engine.checkpoint import STATE_FILE
 from co2s_fast.engine.compat import describe_compat
-from co2s_fast.engine.config import CONFIG_FILE, load_config
+from co2s_fast.engine.config import CONFIG_FILE, load_config, read_run_config
 from co2s_fast.engine.evaluation import BOTH, evaluate, wanted_predictions, write_evaluation
 from co2s_fast.engine.log import say
+from co2s_fast.engine.memory import fewer_windows
 from co2s_fast.engine.metrics import format_table
+from co2s_fast.engine.opening import chosen_backend
+from co2s_fast.engine.outputs import check_writable, parse_shard
 from co2s_fast.engine.runs import checkpoint_folder, checkpoint_step, load_run
 from co2s_fast.errors import UsageError
 
@@ -101,15 +104,20 @@ def nested_options(options: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def default_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device_of(run: Path) -> torch.device:
+    """The GPU where there is one, unless the run was told to stay on the CPU (`train.device`).
+
+    Raises:
+        UsageError: not a run folder.
+    """
+    wanted = read_run_config(run).train.device
+    return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
 
 
 def evaluate_run(
     run: Path,
     *,
-    student: str = "all",
+    student: str | None = None,
     checkpoint: str = "best",
     mode: str | None = None,
     data_root: Path | None = None,
@@ -119,7 +127,8 @@ def evaluate_run(
 ) -> str:
     """`co2s-fast eval`: score a run on its validation images, or on those of another split folder.
 
-    With a `compat` profile, its settings take the place of the run's, students' included.
+    With a `compat` profile, its settings take the place of the run's, students' included. Without
+    `student`, the run's `eval.student` is scored.
 
     Scoring everything ("all") also writes RUN/eval.json and the pictures of the report; of another
     folder NAME, RUN/eval-NAME.json.
@@ -127,8 +136,9 @@ def evaluate_run(
     Returns:
         A table of per-class and mean scores.
     """
-    device = default_device()
+    device = device_of(run)
     config, spec, students = load_run(run, checkpoint, device=device, compat=compat)
+    student = student or config.eval.student
     wanted_predictions(students, student)  # a wrong name is told before any data is read
     data = config.data if data_root is None else config.data.model_copy(update={"root": data_root})
     changes = {"student": student, "mode": mode or config.eval.mode,
@@ -138,10 +148,20 @@ def evaluate_run(
     if split is not None:
         data = data.model_copy(update={"split": split, "ratio": None, "labels": None})
         report = run / f"eval-{split.resolve().name}.json"
+    if student == "all":
+        check_writable(run)
     images = open_split(data, spec, "evaluate").val
     panels = run / PANELS_FOLDER if student == "all" and split is None else None
     items = val_dataset(images, spec, data)
-    results = evaluate(students, items, spec, settings, device, panels=panels)
+    results, failure = None, ""
+    with chosen_backend(config.train.backend, device, may_lack=True):
+        while results is None:
+            try:
+                results = evaluate(students, items, spec, settings, device, panels=panels)
+            except torch.OutOfMemoryError as error:
+                failure = str(error)  # not the error itself, which holds on to tensors
+            if results is None:
+                settings = fewer_windows(settings, failure)
     about = checkpoint_step(run, checkpoint)
     if student == "all":
         write_evaluation(
@@ -178,12 +198,11 @@ def predict_run(
     Raises:
         UsageError: neither images nor `validation` are given, or both.
     """
-    from co2s_fast.engine.outputs import parse_shard
     from co2s_fast.engine.prediction import Outputs, predict
 
     if bool(images) == (validation is not None):
         raise UsageError("predict: name images, folders or globs, or give --val N; one of the two")
-    device = default_device()
+    device = device_of(run)
     config, spec, students = load_run(run, checkpoint, device=device)
     if validation is not None:
         split = open_split(config.data, spec, "evaluate")

@@ -64,7 +64,9 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+            # What was written at this step and later is hidden.
+            again = 0 if resume_step is None else resume_step + 1
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=again)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record, with "kind" and, except at the start, "step"."""

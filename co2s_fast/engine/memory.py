@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from co2s_fast.engine.inference import EvalConfig
+from co2s_fast.engine.log import say
 from co2s_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +42,26 @@ def explained(trainer: Trainer) -> Iterator[None]:
             f"out of GPU memory ({name}, {gib:.1f} GiB) after step {trainer.step}; what takes "
             f"less, in this order: {'; '.join(advice(trainer.config, trainer.ranks.world))}"
         ) from error
+
+
+def fewer_windows(config: EvalConfig, failure: str) -> EvalConfig:
+    """Settings under which half as many windows go through a student at once.
+
+    Args:
+        config: the settings under which a GPU ran out of memory.
+        failure: what torch said.
+
+    Raises:
+        UsageError: it is one window already.
+    """
+    if config.batch_windows == 1:
+        raise UsageError("out of GPU memory with one window at a time "
+                         f"({failure.split('. ')[0]}); give --precision bfloat16, or a smaller "
+                         "eval.crop in the run's config.yaml")
+    half = config.batch_windows // 2
+    say(f"out of GPU memory with {config.batch_windows} windows at once; going on with {half}")
+    torch.cuda.empty_cache()
+    return config.model_copy(update={"batch_windows": half})
 
 
 def advice(config: RunConfig, world: int) -> list[str]:

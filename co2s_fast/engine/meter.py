@@ -26,6 +26,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.steps_before = 0  # of these, those before a restart
         self._keys: list[str] = []
         self._sums: Tensor | None = None
         self._restored: dict[str, float] = {}
@@ -52,12 +53,13 @@ class Meter:
 
     def reset(self) -> None:
         """Begin a new window."""
-        self.steps, self._sums, self._restored = 0, None, {}
+        self.steps, self.steps_before, self._sums, self._restored = 0, 0, None, {}
 
     def restore(self, steps: int, sums: Mapping[str, float]) -> None:
         """Go on with a window that a checkpoint cut in two."""
         self.reset()
-        self.steps, self._restored = steps, dict(sums)
+        self.steps = self.steps_before = steps
+        self._restored = dict(sums)
 
 
 class FiniteGuard:

@@ -11,7 +11,7 @@ import numpy as np
 
 AbsentRule = Literal["skip", "zero"]
 
-_RULES = {
+RULES = {
     "skip": "means run over the classes present in the ground truth; an absent class is n/a",
     "zero": "means run over all classes; IoU = I / (U + 1e-10), so an absent class counts as 0",
 }
@@ -49,8 +49,8 @@ class Metrics:
             raise ValueError(
                 f"class_names: expected {len(matrix)} names, got {len(self.class_names)}"
             )
-        if self.absent not in _RULES:
-            raise ValueError(f"absent: expected one of {sorted(_RULES)}, got {self.absent!r}")
+        if self.absent not in RULES:
+            raise ValueError(f"absent: expected one of {sorted(RULES)}, got {self.absent!r}")
         matrix.setflags(write=False)
         object.__setattr__(self, "confusion", matrix)
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -72,7 +72,7 @@ class Metrics:
     @property
     def rule(self) -> str:
         """The averaging rule in words, to be printed beside every mean."""
-        return _RULES[self.absent]
+        return RULES[self.absent]
 
     @property
     def iou(self) -> list[float | None]:

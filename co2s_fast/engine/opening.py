@@ -20,6 +20,7 @@ from co2s_fast.engine.config import (
     differences,
     read_run_config,
 )
+from co2s_fast.engine.log import say
 from co2s_fast.engine.runs import check_classes, checkpoint_folder
 from co2s_fast.errors import UsageError
 
@@ -36,19 +37,30 @@ def open_device(train: TrainConfig) -> tuple[distributed.Ranks, torch.device, to
     kind = "cuda" if cuda and train.device != "cpu" else "cpu"
     ranks = distributed.start(kind)
     device = torch.device(kind, ranks.local_rank if kind == "cuda" else None)
-    half = train.precision == "bfloat16" or (train.precision == "auto" and kind == "cuda")
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = train.cudnn_benchmark and not train.deterministic
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    return ranks, device, torch.autocast(kind, dtype=torch.bfloat16, enabled=half)
+    return ranks, device, chosen_precision(train, device)
+
+
+def chosen_precision(train: TrainConfig, device: torch.device) -> torch.autocast:
+    """The autocast that `train.precision` asks for on a device."""
+    half = train.precision == "bfloat16" or (train.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
 @contextmanager
-def chosen_backend(name: str, device: torch.device) -> Iterator[None]:
+def chosen_backend(name: str, device: torch.device, may_lack: bool = False) -> Iterator[None]:
     """Within the block all operators run on the backend that `train.backend` names.
+
+    Args:
+        name: of the backend, or "auto".
+        device: of the tensors.
+        may_lack: where it cannot be used, say so and run on another one: a run that was trained on
+            a GPU is evaluated anywhere.
 
     Raises:
         UsageError: it cannot be used here, or not on that device.
@@ -61,7 +73,10 @@ def chosen_backend(name: str, device: torch.device) -> Iterator[None]:
             stack.enter_context(ops.use_backend(name))
             ops.backend(device)
         except RuntimeError as error:
-            raise UsageError(f"train.backend: {error}") from None
+            if not may_lack:
+                raise UsageError(f"train.backend: {error}") from None
+            stack.close()
+            say(f"evaluating without the run's backend {name}: {error}")
         yield
 
 

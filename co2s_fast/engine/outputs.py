@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from co2s_fast.engine.polygons import SUFFIX, read_polygons_signature
 from co2s_fast.engine.scenes import PICTURES, RASTERS, VIRTUAL, is_raster, read_signature
 from co2s_fast.errors import DataError, UsageError
 
@@ -71,26 +72,78 @@ def take_shard(images: Sequence[Path], shard: tuple[int, int] | None) -> list[Pa
     return list(images[number - 1 :: count])
 
 
-def is_done(paths: Iterable[Path], signature: str) -> bool:
-    """Whether all of an image's maps are there and were made by the same run and settings."""
-    return bool(signature) and all(read_signature(path) == signature for path in paths)
+def targets_in(out: Path, sources: Sequence[Path], kinds: Sequence[str] = ()) -> list[Path]:
+    """The map of each image.
 
-
-def targets_in(folder: Path, sources: Sequence[Path]) -> list[Path]:
-    """The map of each image in `folder`.
+    Args:
+        out: folder of the maps; of a single image also the map's own name, .tif or .png.
+        sources: the images.
+        kinds: of the rasters beside each map, see `files_of`.
 
     Raises:
-        UsageError: two images would have the same map, or a map would replace its image.
+        UsageError: two images would have the same file, a file would replace its image, or `out`
+            is the name of a file that cannot be.
     """
-    targets: dict[Path, Path] = {}
+    owners: dict[Path, Path] = {}
+    targets = []
+    named = names_file(out)
+    if named and len(sources) != 1:
+        raise UsageError(f"{out}: the name of one map, but there are {len(sources)} images; give a "
+                         "folder")
     for source in sources:
-        target = folder / f"{source.stem}{'.tif' if is_raster(source) else '.png'}"
-        if target in targets:
-            raise UsageError(f"{targets[target]} and {source} would both be written to {target}")
-        if target.exists() and target.samefile(source):
-            raise UsageError(f"{source}: its map would replace it; choose another output folder")
-        targets[target] = source
-    return list(targets)
+        suffix = ".tif" if is_raster(source) else ".png"
+        if named and out.suffix.lower() != suffix:
+            raise UsageError(f"{out}: the map of {source} is a {suffix} file")
+        targets.append(out if named else out / f"{source.stem}{suffix}")
+        for path in files_of(targets[-1], kinds):
+            if path in owners:
+                raise UsageError(f"{owners[path]} and {source} would both be written to {path}")
+            if path.exists() and path.samefile(source):
+                raise UsageError(f"{source}: its map would replace it; choose another output "
+                                 "folder")
+            owners[path] = source
+    return targets
+
+
+def names_file(out: Path) -> bool:
+    """Whether `out` is the name of a map, not of a folder."""
+    return out.suffix.lower() in PICTURES + RASTERS and not out.is_dir()
+
+
+def files_of(target: Path, kinds: Sequence[str]) -> list[Path]:
+    """The map of an image, and the rasters beside it: "confidence", "overlay"."""
+    return [target, *(beside(target, kind) for kind in kinds)]
+
+
+def finished(targets: Sequence[Path], kinds: Sequence[str], signature: str, *,
+             overwrite: bool, polygons: bool) -> set[Path]:
+    """The maps that are there with all that goes beside them, made by the same run and settings.
+
+    Args:
+        targets: from `targets_in`.
+        kinds: of the rasters beside each map.
+        signature: of run and settings.
+        overwrite: whatever is there is replaced.
+        polygons: GeoPackages are written, too; a map that lacks its own is finished nonetheless.
+
+    Raises:
+        UsageError: a file is there that `predict` has not made, a mask for example.
+    """
+    if overwrite:
+        return set()
+    done = set()
+    for target in targets:
+        found = {path: read_signature(path) for path in files_of(target, kinds)}
+        if polygons:
+            package = target.with_suffix(SUFFIX)
+            found[package] = read_polygons_signature(target)
+        foreign = [path for path, made in found.items() if made == ""]
+        if foreign:
+            raise UsageError(f"{foreign[0]}: is there, and `predict` has not made it; choose "
+                             "another output folder, or replace it (--overwrite)")
+        if all(found[path] == signature for path in files_of(target, kinds)):
+            done.add(target)
+    return done
 
 
 def check_writable(folder: Path) -> None:

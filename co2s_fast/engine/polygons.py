@@ -8,7 +8,8 @@ from typing import Any
 
 from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.files import replacing
-from co2s_fast.engine.scenes import SIGNATURE
+from co2s_fast.data.rasters import open_source
+from co2s_fast.engine.scenes import SIGNATURE, is_raster
 from co2s_fast.errors import UsageError
 
 SUFFIX = ".gpkg"
@@ -21,6 +22,32 @@ def require_fiona() -> None:
         import fiona  # noqa: F401
     except ImportError:
         raise UsageError("--polygons: needs fiona; pip install 'co2s-fast[geo]'") from None
+
+
+def check_polygons(sources: Sequence[Path]) -> None:
+    """Polygons need fiona and images that lie somewhere; a UsageError where they cannot be had."""
+    require_fiona()
+    for path in sources:
+        if not is_raster(path):
+            raise UsageError(f"--polygons: {path} is no GeoTIFF, so its classes have no place on "
+                             "the ground")
+        with open_source(path) as source:
+            if source.transform.is_identity and not source.gcps[0]:
+                raise UsageError(f"--polygons: {path} has neither a geotransform nor ground "
+                                 "control points, so its classes have no place on the ground")
+
+
+def _ground(source: Any) -> tuple[Any, Any]:
+    """Transform and coordinate system of a raster; of control points the transform nearest to all.
+
+    GDAL's least squares: exact for points of a plane grid, else as good as an affine map can be.
+    """
+    from rasterio.transform import from_gcps
+
+    points, system = source.gcps
+    if source.transform.is_identity and points:
+        return from_gcps(points), system
+    return source.transform, source.crs
 
 
 def write_polygons(labels: Path, class_names: Sequence[str], signature: str = "") -> Path:
@@ -47,13 +74,14 @@ def write_polygons(labels: Path, class_names: Sequence[str], signature: str = ""
         # fiona tells the format of a GeoPackage by its suffix
         scratch = temporary.with_suffix(SUFFIX)
         options = {"driver": "GPKG", "schema": schema, "layer": "classes"}
-        if source.crs:
-            options["crs_wkt"] = source.crs.to_wkt()
+        transform, system = _ground(source)
+        if system:
+            options["crs_wkt"] = system.to_wkt()
         try:
             with fiona.open(scratch, "w", **options) as layer:
                 layer.update_tags({SIGNATURE: signature})
                 batch: list[dict[str, Any]] = []
-                for feature in _features(source, class_names):
+                for feature in _features(source, transform, class_names):
                     batch.append(feature)
                     if len(batch) == _BATCH:
                         layer.writerecords(batch)
@@ -66,7 +94,7 @@ def write_polygons(labels: Path, class_names: Sequence[str], signature: str = ""
 
 
 def read_polygons_signature(labels: Path) -> str | None:
-    """What `write_polygons` was given for a map; None without a whole GeoPackage."""
+    """What `write_polygons` was given for a map; "" of a GeoPackage of others, None without any."""
     import fiona
     from fiona.errors import FionaError
 
@@ -75,18 +103,25 @@ def read_polygons_signature(labels: Path) -> str | None:
         return None
     try:
         with fiona.open(path) as layer:
-            return layer.get_tag_item(SIGNATURE)
+            return layer.get_tag_item(SIGNATURE) or ""
     except FionaError:
         return None
 
 
-def _features(source: Any, class_names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _features(source: Any, transform: Any, class_names: Sequence[str]
+              ) -> Iterator[dict[str, Any]]:
     import rasterio
     from rasterio.features import shapes
 
+    a, b, c, d, e, f = transform[:6]
+    moved = transform != source.transform  # of a band, `shapes` knows the file's own only
     for geometry, value in shapes(rasterio.band(source, 1), transform=source.transform):
         number = int(value)
         if number == IGNORE:
             continue
+        if moved:
+            geometry["coordinates"] = [
+                [(a * x + b * y + c, d * x + e * y + f) for x, y in ring]
+                for ring in geometry["coordinates"]]
         properties = {"class_id": number, "class_name": class_names[number]}
         yield {"type": "Feature", "geometry": geometry, "properties": properties}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,25 +30,24 @@ from co2s_fast.engine.inference import (
     image_logits,
     wanted_predictions,
 )
+from co2s_fast.engine.memory import fewer_windows
 from co2s_fast.engine.outputs import (
     beside,
     check_writable,
     find_images,
-    is_done,
+    finished,
+    names_file,
     take_shard,
     targets_in,
 )
-from co2s_fast.engine.polygons import (
-    read_polygons_signature,
-    require_fiona,
-    write_polygons,
-)
-from co2s_fast.engine.scenes import PLAIN, Picture, Scene, is_raster, open_scene, size_of
+from co2s_fast.engine.polygons import check_polygons, read_polygons_signature, write_polygons
+from co2s_fast.engine.scenes import PLAIN, Picture, Scene, open_scene, size_of
 from co2s_fast.engine.sliding_window import Blend, Window, stream
 from co2s_fast.errors import UsageError
 
 OVERLAY_SHARE = 0.45
 STRIP_BYTES = 128 << 20  # of one student's summed logits
+UNSIGNED = "unsigned"
 
 Part = tuple[int, int, NDArray[np.uint8], NDArray[np.uint8]]
 
@@ -61,7 +61,7 @@ class Outputs:
         confidence: `a.confidence.png`, the largest probability times 255.
         polygons: `a.gpkg` for a GeoTIFF, see `write_polygons`.
         shard: (i, n) takes the i-th of n shares of the images, for several machines.
-        overwrite: True does again what is there already.
+        overwrite: True does again what is there already, and replaces files of others.
         signature: of the run and its weights; with the settings it tells whether a map that is
             there is the one asked for. Empty: nothing there counts as done.
     """
@@ -72,6 +72,11 @@ class Outputs:
     shard: tuple[int, int] | None = None
     overwrite: bool = False
     signature: str = ""
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of the rasters beside each map."""
+        return [kind for kind in ("confidence", "overlay") if getattr(self, kind)]
 
 
 def predict(
@@ -100,7 +105,7 @@ def predict(
     Args:
         students: name -> network, [B,C,H,W] in, logits [B,K,h,w] out.
         images: files, folders (their images, not their subfolders) and glob patterns.
-        out_dir: folder for the maps; made where missing.
+        out_dir: folder for the maps, made where missing; of a single image also the map's name.
         spec: the dataset: classes and crop; bands, number type and stretch of rasters.
         student: a student's name, or "both" for the mean of probabilities.
         config: windows and precision, see `EvalConfig`.
@@ -120,26 +125,29 @@ def predict(
 
     Raises:
         DataError: an image is missing, damaged, or not of the dataset's bands and number type.
-        UsageError: two images would give the same map, a map would replace its image, the folder
-            cannot be written to, or polygons are asked for and cannot be had.
+        UsageError: two images would give the same map, a map would replace its image or a file
+            that is no map, the folder cannot be written to, `scale` is not above 0, or polygons are
+            asked for and cannot be had.
     """
     device, outputs = torch.device(device), outputs or Outputs()
+    if not 0 < scale < math.inf:
+        raise UsageError(f"scale: expected a number above 0, found {scale}")
     config = for_maps(config or EvalConfig(), device)
     one = "both" if len(students) > 1 else next(iter(students), "")
     (wanted,) = wanted_predictions(students, one if student in ("all", "both") else student)
     running = dict(students) if wanted == "both" else {wanted: students[wanted]}
     sources = find_images(images)
-    targets_in(Path(out_dir), sources)  # names must be unique over all shards
+    targets_in(Path(out_dir), sources, outputs.kinds)  # names must be unique over all shards
     sources = take_shard(sources, outputs.shard)
-    targets = targets_in(Path(out_dir), sources)
+    targets = targets_in(Path(out_dir), sources, outputs.kinds)
     if outputs.polygons:
         check_polygons(sources)
-    check_writable(Path(out_dir))
+    check_writable(Path(out_dir).parent if names_file(Path(out_dir)) else Path(out_dir))
     settings = [wanted, scale, blend, config.model_dump(), data and data.scale]
-    signature = outputs.signature and digest(outputs.signature, settings)
-    kept: set[Path] = set()
-    if not outputs.overwrite:
-        kept = {t for t in targets if is_done(files_of(t, outputs), signature)}
+    signature = digest(outputs.signature, settings) if outputs.signature else UNSIGNED
+    kept = finished(targets, outputs.kinds, signature, overwrite=outputs.overwrite,
+                    polygons=outputs.polygons)  # fmt: skip
+    kept = kept if outputs.signature else set()
     pairs = [(s, t) for s, t in zip(sources, targets, strict=True) if t not in kept]
     imagery = spec if isinstance(spec, DatasetSpec) else PLAIN
     sizes = [size_of(source, imagery) for source, _ in pairs]  # tells what is missing now
@@ -159,31 +167,23 @@ def predict(
                 write_polygons(target, spec.class_names, signature)
         for (source, target), (height, width) in zip(pairs, sizes, strict=True):
             bar.set_postfix_str(source.name, refresh=False)
-            with open_scene(source, scale, imagery) as scene:
-                maps = maps_of(running, scene, config, spec, data, device, blend, scale)
-                share = height * width / (scene.height * scene.width) / 1e6
-                for pixels in _write(scene, maps, target, spec, outputs, signature):
-                    bar.update(pixels * share)
+            before, failure = bar.n, ""
+            while failure is not None:
+                try:
+                    with open_scene(source, scale, imagery) as scene:
+                        maps = maps_of(running, scene, config, spec, data, device, blend, scale)
+                        share = height * width / (scene.height * scene.width) / 1e6
+                        for pixels in _write(scene, maps, target, spec, outputs, signature):
+                            bar.update(pixels * share)
+                    failure = None
+                except torch.OutOfMemoryError as error:
+                    failure = str(error)  # not the error itself, which holds on to tensors
+                if failure is not None:
+                    bar.n, config = before, fewer_windows(config, failure)
             if outputs.polygons:
                 bar.set_postfix_str(f"{source.name}: polygons")
                 write_polygons(target, spec.class_names, signature)
     return targets
-
-
-def files_of(target: Path, outputs: Outputs) -> list[Path]:
-    """The rasters written for one image."""
-    kinds = [kind for kind in ("confidence", "overlay") if getattr(outputs, kind)]
-    return [target, *(beside(target, kind) for kind in kinds)]
-
-
-def check_polygons(sources: Sequence[Path]) -> None:
-    """Polygons need fiona and images that lie somewhere; a UsageError where they cannot be had."""
-    require_fiona()
-    pictures = [path for path in sources if not is_raster(path)]
-    if pictures:
-        raise UsageError(
-            f"--polygons: {pictures[0]} is no GeoTIFF, so its classes have no place on the ground"
-        )
 
 
 def digest(signature: str, settings: Any) -> str:
@@ -206,7 +206,7 @@ def _write(
                 scene.create(beside(target, kind), bands, signature=signature)
             )
             for kind, bands in (("confidence", 1), ("overlay", 3))
-            if getattr(outputs, kind)
+            if kind in outputs.kinds
         }
         for top, left, labels, certainty in maps:
             write(top, left, labels[None])

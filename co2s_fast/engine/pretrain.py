@@ -24,6 +24,7 @@ from co2s_fast.data.files import replacing, write_text
 from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.config import PretrainConfig, RunConfig
 from co2s_fast.engine.log import say
+from co2s_fast.engine.opening import chosen_precision
 from co2s_fast.engine.outputs import check_writable
 from co2s_fast.engine.start import derived_seed, student_seed
 from co2s_fast.errors import DataError, UsageError
@@ -58,7 +59,8 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
     for name, student in config.students.items():
         if student.weights is not None:
             raise UsageError(f"pretrain: student {name} starts from weights {student.weights!r}; "
-                             "pretraining is for students that start from random ones")
+                             "pretraining is for students that start from random ones, as those "
+                             "of --recipe tiny do")
     spec = open_dataset(config.data)
     config = fit_students(config, spec)
     # No label is learnt from: there may be fewer than the training batch wants.
@@ -72,6 +74,7 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
     check_writable(out)
     device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu"
                           else "cpu")  # fmt: skip
+    autocast = chosen_precision(config.train, device)
     data = config.data.model_copy(
         update={"batch_size": min(config.pretrain.batch_size, len(split.unlabeled)),
                 "truth": False}
@@ -87,8 +90,8 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
         student = build_student(whole, spec.classes, seed=seed).to(device)
         batches = build_loader(data, spec, split, views=("x", "w"), seed=config.seed,
                                start_step=0, total_steps=config.pretrain.steps, device=device)
-        losses = train_one(student, iter(batches), config.pretrain, device, seed=seed, name=name,
-                           progress=progress)  # fmt: skip
+        losses = train_one(student, iter(batches), config.pretrain, device, autocast=autocast,
+                           seed=seed, name=name, progress=progress)  # fmt: skip
         states[name] = {k: v.cpu().contiguous() for k, v in student.backbone.state_dict().items()}
         record["students"][name] = {"model": student_config.model, "loss": losses,
                                     "sha256": checksum(student.backbone)}
@@ -108,6 +111,7 @@ def train_one(
     config: PretrainConfig,
     device: torch.device,
     *,
+    autocast: torch.autocast,
     seed: int,
     name: str,
     progress: bool,
@@ -135,7 +139,7 @@ def train_one(
         batch = next(batches).to(device)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * rate(step, config)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast:
             loss = masked_image_loss(student, head, batch, config.mask_ratio, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

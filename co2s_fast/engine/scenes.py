@@ -297,7 +297,7 @@ def _open_raster(path: Path, spec: Imagery, scale: float = 1.0) -> Iterator[Rast
 
 
 def read_signature(path: Path) -> str | None:
-    """The signature of a finished map; None where the file is missing, or none of ours."""
+    """The signature of a finished map; "" of a file of others, None of a missing or broken one."""
     import rasterio
     from rasterio.errors import RasterioError
 
@@ -306,8 +306,8 @@ def read_signature(path: Path) -> str | None:
     try:
         if is_raster(path):
             with rasters.quiet(), rasterio.open(path) as found:
-                return found.tags().get(SIGNATURE)
+                return found.tags().get(SIGNATURE, "")
         with Image.open(path) as image:
-            return image.info.get(SIGNATURE)
+            return image.info.get(SIGNATURE, "")
     except (RasterioError, OSError, SyntaxError, ValueError):
         return None

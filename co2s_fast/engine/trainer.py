@@ -18,7 +18,7 @@ from co2s_fast.data import Batch, open_dataset, open_split, steps_per_epoch
 from co2s_fast.data.damage import Damaged
 from co2s_fast.data.files import write_text
 from co2s_fast.data.imbalance import class_weights, labeled_pixels
-from co2s_fast.data.loader import build_loader, choose_loader
+from co2s_fast.data.loader import build_loader, check_batches, choose_loader
 from co2s_fast.data.validation import val_dataset
 from co2s_fast.engine import checkpoint, distributed, memory, start
 from co2s_fast.engine.averages import Averages
@@ -63,7 +63,8 @@ def train(
         config: the whole configuration.
         resume: continue the run in `config.folder` from its last checkpoint; a folder without one
             is started from the beginning.
-        dry_run: check configuration and data, build everything, train nothing, write nothing.
+        dry_run: check configuration and data, build everything, train nothing; no run folder. A
+            split that is not there yet is made, and so is the demo dataset.
         progress: draw progress bars.
 
     Returns:
@@ -168,6 +169,7 @@ class Trainer:
         self.students = dict(self.method.students.items())
         self.method.take_parts(train.accumulate)
         self.warnings = self.method.check_batch(config.data.batch_size, self.ranks.world)
+        check_batches(config.data, self.split, self.method.views, self.ranks.world, self.loader)
         if train.channels_last:
             self.method.to(memory_format=torch.channels_last)
         self.averages = Averages(self.students, train.ema) if train.ema else None

@@ -39,7 +39,7 @@ def train_record(trainer: Trainer) -> tuple[dict[str, Any], list[str]]:
     record |= {f"lr/{group['name']}": group["initial_lr"] * factor for group in groups}
     seconds = time.perf_counter() - trainer.window_start
     images = len({"x", "w"} & method.views) * config.data.batch_size
-    record["images_per_s"] = images * steps / seconds
+    record["images_per_s"] = images * (steps - trainer.meter.steps_before) / seconds
     record["data_wait_s"] = trainer.waited_s
     record["damaged_files"] = len(trainer.damage.known)
     if (peak := peak_gib(trainer.device)) is not None:

@@ -61,11 +61,12 @@ def check_map(
     if min(given[1:]) < 1:
         raise ValueError(f"{name}: expected at least one pixel, got shape {given}")
     if kind == "integer" and value.dtype not in _INTEGERS:
-        hint = "; for a boolean mask: mask.to(torch.uint8) * ignore_index"
-        raise TypeError(
-            f"{name}: expected uint8, int32 or int64, got {value.dtype}"
-            f"{hint if value.dtype == torch.bool else ''}"
-        )
+        hint = ""
+        if value.dtype == torch.bool:
+            hint = (f"; for classes 0 and 1: {name}.to(torch.uint8)" if name == "target" else
+                    f"; for True where a pixel is left out: torch.where({name}, ignore_index, "
+                    "ignore_index + 1)")
+        raise TypeError(f"{name}: expected uint8, int32 or int64, got {value.dtype}{hint}")
     if kind == "float" and value.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
     check_device(name, value, logits.device)

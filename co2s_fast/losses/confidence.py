@@ -24,7 +24,7 @@ def softmax_confidence(
     align_corners=align_corners).softmax(1).max(1)`` without storing the upsampled logits.
 
     Args:
-        logits: [B,K,h,w] float16, bfloat16, float32 or float64.
+        logits: [B,K,h,w] float16, bfloat16, float32 or float64 (the last on the CPU).
         size: (H, W) of the result in pixels; None: h × w.
         align_corners: as in `F.interpolate`; matters when h × w is not H × W.
         label_dtype: int64, or uint8 for K up to 255: an eighth of the memory, and the other

@@ -31,7 +31,7 @@ def confusion_matrix(
     minlength=K * K).view(K, K)``, without a host synchronisation.
 
     Args:
-        logits: [B,K,h,w] float16, bfloat16, float32 or float64.
+        logits: [B,K,h,w] float16, bfloat16, float32 or float64 (the last on the CPU).
         target: [B,H,W] uint8, int32 or int64, classes in [0, K) or `ignore_index`.
         ignore_index: value that marks pixels without a label.
         out: int64 [K,K] to add the counts to, on the logits' device; None: start from zero.

@@ -10,6 +10,7 @@ from torch import Tensor
 import co2s_fast.ops  # noqa: F401 - registers torch.ops.co2s
 from co2s_fast.losses._checks import check_tensor
 from co2s_fast.ops import reference
+from co2s_fast.ops.dispatch import debugging
 
 _INDICES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -65,6 +66,40 @@ class CutMix:
         object.__setattr__(self, "partner", self.partner.to(torch.int64).contiguous())
         if self.partner.device.type == "cpu" and not torch.compiler.is_compiling():
             reference.check_partner(self.partner)
+
+    @classmethod
+    def from_masks(cls, masks: Tensor, partner: Tensor) -> CutMix:
+        """Of masks that are 1 (or True) inside one rectangle, as UniMatch's loader yields them.
+
+        Args:
+            masks: [B,H,W], any dtype; non-zero inside the box, all 0 for none.
+            partner: int64 [B], see the class.
+
+        Raises:
+            TypeError: an argument is no tensor.
+            ValueError: a wrong shape or device; a mask that is no filled rectangle (tensors on the
+                CPU; on a GPU only under `co2s_fast.ops.debug_checks`, and the box is otherwise the
+                smallest around it).
+        """
+        check_tensor("masks", masks)
+        if masks.dim() != 3:
+            raise ValueError(f"masks: expected shape [B,H,W], got {list(masks.shape)}")
+        inside = masks != 0
+        sides = []
+        for across in (inside.any(1), inside.any(2)):  # columns, rows
+            length = across.shape[1]
+            place = torch.arange(length, device=masks.device)
+            first = torch.where(across, place, length).amin(1)
+            sides.append((first, torch.where(across, place + 1, 0).amax(1)))
+        (x1, x2), (y1, y2) = sides
+        boxes = torch.stack([x1, y1, x2, y2], 1)
+        may_look = masks.device.type == "cpu" and not torch.compiler.is_compiling()
+        if may_look or debugging():
+            area = (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
+            wrong = (inside.sum((1, 2)) != area).nonzero()
+            if len(wrong):
+                raise ValueError(f"masks: image {int(wrong[0])} is no filled rectangle")
+        return cls(boxes, partner)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CutMix:
         """The same boxes on another device."""

@@ -56,10 +56,11 @@ class ClassThresholds(nn.Module):
         real = torch.ones_like(top, dtype=torch.bool)
         if ignore is not None:
             real = F.interpolate((ignore != IGNORE)[:, None].float(), top.shape[-2:])[:, 0] > 0
+        real = real & top.isfinite()  # one NaN would stay in the means for good
         classes = logits.shape[1]
         index = torch.where(real, predicted, classes).flatten()
         sums = top.new_zeros(2, classes + 1, dtype=torch.float64)
-        sums[0].scatter_add_(0, index, top.flatten().double())
+        sums[0].scatter_add_(0, index, top.nan_to_num(0).flatten().double())
         sums[1].scatter_add_(0, index, torch.ones_like(index, dtype=torch.float64))
         if rank_and_world()[1] > 1:
             dist.all_reduce(sums)

@@ -36,10 +36,13 @@ def plain_co2s_losses(
     """
     config = method.config
     for option, plain in (("distribution_alignment", 0), ("class_thresholds", 0),
-                          ("mean_shards", 1), ("cutmix_partner", "batch"),
+                          ("consistency_ramp", 0), ("mean_shards", 1),
+                          ("cutmix_partner", "batch"),
                           ("teacher", "student")):  # fmt: skip
         if getattr(config, option) != plain:
             raise ValueError(f"the plain step needs {option}={plain!r}")
+    if method.parts != 1:
+        raise ValueError(f"the plain step takes a batch in one part, the method in {method.parts}")
     size = batch.w.shape[-2:]
     valid = torch.ones_like(batch.w[:, 0], dtype=torch.bool)
     if batch.ignore is not None:

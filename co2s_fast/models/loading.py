@@ -27,6 +27,7 @@ from co2s_fast.models.weights.files import (
 )
 from co2s_fast.models.weights.layouts import detect
 from co2s_fast.models.weights.layouts import translate as translate_layout
+from co2s_fast.models.weights.registry import entry_for
 from co2s_fast.models.weights.store import from_hub, resolve
 
 OWN_BACKBONE = {"format": "co2s-fast backbone"}
@@ -35,6 +36,18 @@ OWN_BACKBONE = {"format": "co2s-fast backbone"}
 def is_own_backbone(path: str | Path) -> bool:
     """Whether a file was written by `co2s-fast pretrain`: a whole backbone, its stem included."""
     return metadata(path).get("format") == OWN_BACKBONE["format"]
+
+
+def licence_of(config: StudentConfig) -> str:
+    """Of the weights that a student starts from: as the registry or the file itself says."""
+    if config.weights is None:
+        return "none: random weights"
+    kind = "clip" if config.backbone == "clip" else "ssm"
+    if entry := entry_for(kind, config.model, config.weights):
+        return entry.licence
+    if is_own_backbone(config.weights):
+        return "none: pretrained here from random weights"
+    return metadata(config.weights).get("licence") or "unknown"
 
 
 def checksum(module: nn.Module) -> str:

@@ -62,6 +62,7 @@ def load_released(path: str | Path, classes: Sequence[Named]) -> Student:
     gammas = [value for name, value in renamed.items() if ".gamma_" in name]
     student.provenance |= {
         "source": str(path),
+        "licence": "unknown",
         "sha256": checksum(student.backbone),
         "reinitialised": bool(gammas) and all(torch.all(g == 1e-5).item() for g in gammas),
         "queries": "learnable" if backbone == "timm" else f"file {path}",

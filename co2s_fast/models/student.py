@@ -219,7 +219,7 @@ def build_student(
 ) -> Student:
     """A student with seeded initialisation and, where asked for, loaded weights left as they are.
 
-    `provenance` holds `source` ("random" or the weights' name), `model`, `sha256` of the
+    `provenance` holds `source` ("random" or the weights' name), `licence`, `model`, `sha256` of the
     backbone's tensors as the finished student has them (without low-rank adapters), `tensors` and
     `parameters` (counts), `channels`, `inflated` (whether a pretrained patch projection was made to
     fit them) and `queries` ("learnable" or where the class vectors come from).
@@ -240,6 +240,7 @@ def build_student(
         build_timm_backbone,
         checksum,
         is_own_backbone,
+        licence_of,
         load_strictly,
         read_state_dict,
     )
@@ -287,6 +288,7 @@ def build_student(
             built = checksum(backbone)
     provenance = {
         "source": "random" if fresh else config.weights,
+        "licence": "none: random weights" if fresh else licence_of(config),
         "model": config.model,
         "channels": config.channels,
         "inflated": not (fresh or own or is_plain_rgb(config.channels, config.bands)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import warnings
@@ -27,9 +28,9 @@ from co2s_fast.ops import catalogue
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 _FIX = {
     "reference": "",
-    "cpp": "pip install --no-build-isolation .   (needs a C++20 compiler)",
+    "cpp": "pip install --no-build-isolation -e .   (needs a C++20 compiler)",
     "triton": "pip install triton",
-    "cuda": "CO2S_WITH_CUDA=ON pip install --no-build-isolation .   (needs nvcc)",
+    "cuda": "CO2S_WITH_CUDA=ON pip install --no-build-isolation -e .   (needs nvcc)",
 }
 _FIX_INTERPRETER = "set TRITON_INTERPRET=1 before Python starts (slow: for tests)"
 
@@ -108,7 +109,9 @@ def _load_triton() -> str:
         for stem in {catalogue.stem(name) for name in catalogue.SCHEMAS}:
             importlib.import_module(f"co2s_fast.kernels.{stem}")
     except ImportError as error:
-        return f"the Triton kernels could not be imported: {error}"
+        checkout = (Path(__file__).parents[2] / "setup.py").is_file()
+        where = "; this is the checkout, not the package that was installed" if checkout else ""
+        return f"the Triton kernels could not be imported: {error}{where}"
     return ""
 
 
@@ -139,7 +142,9 @@ def backend_status() -> dict[str, BackendStatus]:
     for name in BACKENDS:
         why = _why_not(name, device[name])
         fix = _FIX[name]
-        if name == "triton" and why and not _load_triton():
+        if name == "triton" and importlib.util.find_spec("triton") and _load_triton():
+            fix = "pip install --no-build-isolation -e ."
+        elif name == "triton" and why and not _load_triton():
             why, fix = "torch sees no CUDA GPU", _FIX_INTERPRETER
         status[name] = BackendStatus(not why, why, fix if why else "")
     return status

@@ -136,7 +136,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         return scale_saved(saved, grad_loss, logits), *(None,) * 12
     if target is None:
         target = saved  # stands in: not read where there is a saved gradient
-    gradient = torch.ops.co2s.masked_cross_entropy_backward(
+    gradient = _differentiated_once(
         grad_loss.contiguous(), logits, target, confidence, threshold, ignore_mask, ignore_index,
         class_weight, boxes, partner, per_pixel, align_corners, saved,
     )  # fmt: skip
@@ -152,4 +152,4 @@ register(
 )
 register("masked_cross_entropy_backward", reference=_reference_backward, fake=_fake_backward)
 masked_cross_entropy = register_autograd("masked_cross_entropy", _backward, _setup_context)
-once_differentiable("masked_cross_entropy_backward")
+_differentiated_once = once_differentiable("masked_cross_entropy_backward")

@@ -35,6 +35,9 @@ def register(
             arguments and, as `result`, its result.
     """
     dispatch.register_reference(name, reference)
+    arguments = torch._C.parse_schema(f"{name}{catalogue.SCHEMAS[name]}").arguments
+    written = [i for i, each in enumerate(arguments)
+               if each.alias_info is not None and each.alias_info.is_write]
 
     def kernel(*args: Any) -> Any:
         tensor = next(arg for arg in args if isinstance(arg, Tensor) and arg.dim() > 1)
@@ -43,6 +46,9 @@ def register(
         checked = dispatch.debugging() if tensor.is_cuda else chosen == "triton"
         if debug_check is not None and checked:
             debug_check(*args)
+        for position in written:
+            # Kernels write behind autograd's back: who has saved that tensor must be told.
+            torch.autograd.graph.increment_version(args[position])
         function = dispatch.implementation(name, chosen)
         if chosen == "reference":
             # The ops fix their own precision; autocast must not choose another inside them.
@@ -85,18 +91,36 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     title = "".join(part.capitalize() for part in name.split("_"))
     functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(title, (torch.autograd.Function,), functions)
+    transformed = _transformable(f"{title}Transformed", operator, backward, setup_context)
 
     def call(*args: Any) -> Any:
-        # torch.compile and torch.export trace the operator itself, torch.func transforms it.
-        if torch.compiler.is_compiling() or _transforms_are_active():
+        if torch.compiler.is_compiling():  # which traces the operator itself, as torch.export does
             return operator(*args)
-        return function.apply(*args)
+        return (transformed if _transforms_are_active() else function).apply(*args)
 
     return call
 
 
-def once_differentiable(name: str) -> None:
-    """Make differentiating backward entry `name`, a second derivative, a clear error."""
+def _transformable(title: str, operator: Callable, backward: Callable, setup_context: Callable
+                   ) -> type[torch.autograd.Function]:
+    """An operator's derivative in the form that torch.func's grad and vmap take.
+
+    Its forward mode (jvp, jacfwd) raises; the operator itself would drop the tangent.
+    """
+    return type(title, (torch.autograd.Function,), {
+        "forward": staticmethod(lambda *args: operator(*args)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+        "generate_vmap_rule": True,
+    })
+
+
+def once_differentiable(name: str) -> Callable:
+    """Make differentiating backward entry `name`, a second derivative, a clear error.
+
+    Returns:
+        The operator as a backward should call it, with all arguments by position.
+    """
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.set_materialize_grads(False)
@@ -107,7 +131,19 @@ def once_differentiable(name: str) -> None:
             "call backward() without create_graph=True, or use co2s_fast.ops.reference"
         )
 
-    register_autograd(name, backward, setup_context)
+    torch.library.register_autograd(
+        f"co2s::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+    operator = getattr(torch.ops.co2s, name).default
+    title = "".join(part.capitalize() for part in name.split("_"))
+    transformed = _transformable(f"{title}Transformed", operator, backward, setup_context)
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling() and _transforms_are_active():
+            return transformed.apply(*args)
+        return operator(*args)
+
+    return call
 
 
 # Private in PyTorch, whose own autograd.Function asks it.
@@ -118,6 +154,8 @@ _transforms_are_active = getattr(
 _graph_is_kept = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
+# Private in PyTorch, whose own vmap asks it: a batch of upstream gradients (is_grads_batched).
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
 
 
 def may_scale_saved(ctx: Any, *saved: Tensor) -> bool:
@@ -139,6 +177,8 @@ def scale_saved(saved: Tensor, upstream: Tensor, logits: Tensor) -> Tensor:
     Of the logits' dtype it is multiplied where it is, which spares a tensor of that size: its node
     is released next, unless the engine was asked to keep the graph.
     """
+    if _is_batched(upstream):
+        return torch.mul(saved, upstream).to(logits.dtype)
     if saved.dtype == logits.dtype and not _graph_is_kept():
         return saved.mul_(upstream)
     return torch.mul(saved, upstream, out=logits.new_empty(saved.shape))

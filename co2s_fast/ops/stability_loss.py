@@ -138,7 +138,7 @@ def _backward(ctx: Any, grad_sums: Tensor | None, *_: Any) -> tuple[Tensor | Non
             scale_saved(saved_b, grad_sums[1], logits_b) if need_b else None,
             *(None,) * 9,
         )
-    grad_a, grad_b = torch.ops.co2s.stability_loss_backward(
+    grad_a, grad_b = _differentiated_once(
         grad_sums.contiguous(), logits_a, logits_b, threshold, height, width, ignore_mask,
         ignore_index, align_corners, need_a, need_b, saved_a, saved_b,
     )  # fmt: skip
@@ -148,4 +148,4 @@ def _backward(ctx: Any, grad_sums: Tensor | None, *_: Any) -> tuple[Tensor | Non
 register("stability_loss", reference=_reference, fake=_fake, on_interpreter=_save_on_interpreter)
 register("stability_loss_backward", reference=_reference_backward, fake=_fake_backward)
 stability_loss = register_autograd("stability_loss", _backward, _setup_context)
-once_differentiable("stability_loss_backward")
+_differentiated_once = once_differentiable("stability_loss_backward")

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from co2s_fast.data.files import write_text
-from co2s_fast.engine.metrics import Metrics, percent
+from co2s_fast.engine.metrics import RULES, Metrics, percent
 from co2s_fast.engine.panels import DISAGREEMENT, UNLABELLED_COLOR, Panel
 from co2s_fast.report.figures import figures
 from co2s_fast.report.plots import color_of, data_uri
@@ -232,7 +232,7 @@ def class_table(run: Run, metrics: dict[str, Metrics]) -> dict[str, Any] | None:
         rule = first.rule
     elif run.evals and run.classes:
         values, counts = run.evals[-1].get("students", {}), None
-        rule = "means run over the classes present in the ground truth"
+        rule = RULES["zero" if run.setting("eval.absent") == "zero" else "skip"]
     else:
         return None
     values = {n: v for n, v in values.items() if len(v.get("iou", [])) == len(run.classes)}

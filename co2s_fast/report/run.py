@@ -73,7 +73,10 @@ class Run:
     def metrics(self) -> dict[str, Metrics]:
         """Scores of eval.json by prediction; empty without it."""
         students = (self.evaluation or {}).get("students", {})
-        return {name: Metrics.from_dict(values) for name, values in students.items()}
+        try:
+            return {name: Metrics.from_dict(values) for name, values in students.items()}
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{self.folder}/eval.json: not an evaluation ({error})") from None
 
     @property
     def best_record(self) -> dict[str, Any] | None:

@@ -110,7 +110,7 @@ def test_stretch_by_minmax_and_none(tmp_path):
         np.testing.assert_array_equal(found.high, high)
     raw = write_scenes(tmp_path / "whole", 3, "int16")
     found = prepare(raw, tmp_path / "i", change_bands(raster_spec(), stretch="none")).statistics
-    assert found.low == [0] * 3 and found.high == [32767] * 3
+    assert found.low == [-32768] * 3 and found.high == [32767] * 3  # the range of the type
 
 
 def test_negative_and_constant_floats(tmp_path):

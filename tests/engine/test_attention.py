@@ -122,3 +122,8 @@ def test_files_that_are_none(run, picture, tmp_path) -> None:
         attend(tmp_path, picture, out=tmp_path / "b.png")
     with pytest.raises(UsageError, match="cannot be written to"):
         attend(run, picture, out=picture / "b.png")
+
+
+def test_all_is_both(run, picture, tmp_path) -> None:
+    assert list(attend(run, picture, out=tmp_path / "a.png", student="all").students) == [
+        "clip", "ssm"]  # fmt: skip

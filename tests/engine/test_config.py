@@ -91,6 +91,24 @@ def test_bad_overrides_and_recipes() -> None:
         load_config("nowhere.yaml")
 
 
+@pytest.mark.parametrize("wrong", ["method=onlysup", "train=5", "data=x", "students=2"])
+def test_a_section_is_no_value(tmp_path, wrong) -> None:
+    key, value = wrong.split("=")
+    with pytest.raises(UsageError, match=rf"--set: {key}: expected a section .* found '?{value}"):
+        load_config("demo", [wrong])
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"{key}: {value}\n")
+    with pytest.raises(UsageError, match=rf"r\.yaml: {key}: expected a section"):
+        load_config(recipe, [], {"method": {"name": "onlysup"}})
+
+
+def test_the_default_folder_of_a_prepared_dataset_has_its_name(tmp_path) -> None:
+    (tmp_path / "dubai").mkdir()
+    path = tmp_path / "dubai/dataset.yaml"
+    config = load_config("tiny", options={"data": {"dataset": str(path), "labels": 20}})
+    assert config.folder.name == "dubai-20-co2s"
+
+
 def test_a_recipe_cannot_be_its_own_base(tmp_path) -> None:
     recipe = tmp_path / "loop.yaml"
     recipe.write_text(f"base: {recipe}\n")

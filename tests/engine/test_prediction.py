@@ -357,7 +357,9 @@ def test_polygons_that_a_finished_map_lacks_are_added(tmp_path):
     with fiona.open(polygons, "w", driver="GPKG", layer="classes", schema={
             "geometry": "Polygon", "properties": {}}):  # fmt: skip
         pass  # somebody's own, without a word of where it is from
-    assert again(signature="run 2", polygons=True)[1] != fresh
+    with pytest.raises(UsageError, match=r"s\.gpkg: is there, and `predict` has not made it"):
+        again(signature="run 2", polygons=True)
+    assert again(signature="run 2", polygons=True, overwrite=True)[1] != fresh
 
 
 def test_strips_side_by_side_equal_the_whole(tmp_path):
@@ -430,3 +432,88 @@ def test_maps_are_made_in_the_precision_that_the_device_computes_in(monkeypatch,
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(torch.cpu, name)
     assert for_maps(EvalConfig(), cpu).precision == "auto", "a torch that cannot tell"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.overlay.png", "a.confidence.png"])
+def test_files_of_others_are_not_replaced(tmp_path, name):
+    Image.fromarray(scene()).save(tmp_path / "a.jpg")
+    mask = tmp_path / name
+    Image.fromarray(scene()[..., 0]).save(mask)
+    before = mask.read_bytes()
+    options = {"overlay": True, "confidence": True}
+    with pytest.raises(UsageError, match=f"{name}: is there, and `predict` has not made it"):
+        run([tmp_path / "a.jpg"], tmp_path, **options)
+    assert mask.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["a.jpg", name])
+    run([tmp_path / "a.jpg"], tmp_path, overwrite=True, **options)
+    assert mask.read_bytes() != before
+    run([tmp_path / "a.jpg"], tmp_path, **options)  # without a signature: made again
+
+
+def test_the_map_of_one_image_is_not_the_overlay_of_another(tmp_path):
+    for name in ("a", "a.overlay"):
+        Image.fromarray(scene()).save(tmp_path / f"{name}.png")
+    with pytest.raises(UsageError, match=r"would both be written to .*a\.overlay\.png"):
+        run([tmp_path], tmp_path / "out", overlay=True)
+    assert len(run([tmp_path], tmp_path / "out")) == 2
+
+
+def test_a_map_of_a_given_name(tmp_path):
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+    write_tif(tmp_path / "s.tif", scene(), crs="EPSG:32640", transform=from_origin(0, 9, 1, 1))
+    target = tmp_path / "maps/mine.tif"
+    assert run([tmp_path / "s.tif"], target, confidence=True) == [target]
+    assert sorted(p.name for p in target.parent.iterdir()) == ["mine.confidence.tif", "mine.tif"]
+    with pytest.raises(UsageError, match=r"mine\.tif: the map of .*a\.png is a \.png file"):
+        run([tmp_path / "a.png"], target)
+    with pytest.raises(UsageError, match=r"mine\.tif: the name of one map, but there are 2 images"):
+        run([tmp_path], target)
+
+
+def test_polygons_lie_where_control_points_say(tmp_path):
+    fiona = pytest.importorskip("fiona")
+    points = [GroundControlPoint(row, col, 10 + 0.001 * col, 50 - 0.001 * row)
+              for row in (0, 41) for col in (0, 53)]
+    write_tif(tmp_path / "s.tif", scene(), gcps=points, crs="EPSG:4326")
+    (path,) = run([tmp_path / "s.tif"], tmp_path / "out", polygons=True)
+    with fiona.open(path.with_suffix(".gpkg")) as layer:
+        assert layer.crs.to_epsg() == 4326
+        np.testing.assert_allclose(layer.bounds, (10, 50 - 0.041, 10 + 0.053, 50), atol=1e-6)
+    write_tif(tmp_path / "nowhere.tif", scene())
+    with pytest.raises(UsageError, match=r"nowhere\.tif has neither a geotransform nor ground"):
+        run([tmp_path / "nowhere.tif"], tmp_path / "out", polygons=True)
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
+def test_a_scale_that_cannot_be(tmp_path, scale):
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+    with pytest.raises(UsageError, match="scale: expected a number above 0"):
+        run([tmp_path / "a.png"], tmp_path / "out", scale=scale)
+
+
+class Large(nn.Module):
+    """Runs out of memory with more than so many windows at once."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.calls = most, []
+
+    def forward(self, images):
+        self.calls.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return STUDENTS["clip"](images)
+
+
+def test_fewer_windows_where_memory_is_short(tmp_path, capsys):
+    pixels = scene(100, 100)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    student = Large(2)
+    options = {"progress": False, "outputs": Outputs(), "config": EvalConfig(batch_windows=8)}
+    (path,) = predict({"clip": student}, [tmp_path / "a.png"], tmp_path / "out", SPEC, **options)
+    assert max(student.calls[-3:]) <= 2 < max(student.calls)
+    assert "8 windows at once; going on with 4" in capsys.readouterr().err
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), expected(pixels, "clip")[0])
+    with pytest.raises(UsageError, match=r"out of GPU memory with one window at a time \(CUDA"):
+        predict({"clip": Large(0)}, [tmp_path / "a.png"], tmp_path / "none", SPEC, **options)
+    assert list((tmp_path / "none").iterdir()) == []

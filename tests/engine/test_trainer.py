@@ -88,12 +88,13 @@ def test_the_same_seed_gives_the_same_numbers(run_content, tmp_path) -> None:
     assert numbers(one) != numbers(third)
 
 
-@pytest.mark.parametrize(("stop_at", "alignment"), [(3, 0.0), (5, 1.0)])
+@pytest.mark.parametrize(("stop_at", "alignment", "layout"),
+                         [(3, 0.0, False), (5, 1.0, False), (3, 0.0, True)])
 def test_stopping_and_resuming_changes_nothing(
-    run_content, tmp_path, monkeypatch, stop_at, alignment
+    run_content, tmp_path, monkeypatch, stop_at, alignment, layout
 ) -> None:
     """SIGTERM between two log records (3 and 5 are odd), then --resume."""
-    content = run_content()
+    content = run_content(channels_last=layout)
     content["method"] |= {"distribution_alignment": alignment, "alignment_prior": alignment / 2,
                           "consistency_ramp": alignment}  # fmt: skip
     whole = start(content)
@@ -271,3 +272,45 @@ def test_the_losses_run_on_the_backend_that_is_named(run_content, tmp_path) -> N
         RunConfig.model_validate(content | {"train": content["train"] | {"backend": "numpy"}})
     content["train"] |= {"backend": "auto", "steps": 2}
     start(content, resume=True)  # another backend computes the same
+
+
+def test_tensorboard_keeps_the_point_that_a_run_is_resumed_from(
+    run_content, tmp_path, stop_after
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    content = run_content(tensorboard=True)
+    stop_after(3, RunConfig.model_validate(content))  # step 3 has an evaluation
+    folder = start(content, resume=True)
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("score")] == [3, 6]
+    assert [event.step for event in board.Scalars("loss/clip/total")] == [2, 4, 6]
+
+
+def test_a_dry_run_finds_what_the_run_would(run_content, stripes, tmp_path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("labeled", "val"):
+        (alone / f"{name}.txt").write_text((stripes / f"split/{name}.txt").read_text())
+    content = run_content()
+    content["data"] |= {"split": str(alone)}
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match="0 unlabelled images, fewer than the batch size 4"):
+            start(content, dry_run=dry_run)
+    assert not (tmp_path / "run").exists()  # so the corrected command finds no run in its way
+
+
+def test_speed_after_a_restart_counts_the_steps_since(run_content, stop_after) -> None:
+    content = run_content(log_every=6)
+    stop_after(5, RunConfig.model_validate(content))
+    seen = []
+    made = trainers.train_record
+
+    def look(trainer):
+        seen.append((trainer.meter.steps, trainer.meter.steps_before))
+        return made(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainers, "train_record", look)
+        start(content, resume=True)
+    assert seen == [(6, 5)]

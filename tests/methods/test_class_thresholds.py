@@ -58,3 +58,14 @@ def test_only_where_it_is_asked_for(make_method, make_batch, name) -> None:
     before = {key: value.clone() for key, value in method.own_state().items()}
     method(make_batch(), 5, 10)
     assert all(not torch.equal(v, before[k]) for k, v in method.own_state().items())
+
+
+def test_a_pixel_that_is_not_a_number_does_not_stay() -> None:
+    thresholds = ClassThresholds(2, strength=1.0)
+    clean = two_classes()
+    confidence, label = softmax_confidence(clean)
+    broken = clean.clone()
+    broken[0, 0, 0, 0] = float("nan")
+    thresholds(broken, confidence, label, None)
+    assert thresholds.mean.isfinite().all()
+    assert thresholds(clean, confidence, label, None).isfinite().all()

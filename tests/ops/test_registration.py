@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from co2s_fast.losses import masked_cross_entropy, stability_loss
+from co2s_fast import ops
+from co2s_fast.losses import CutMix, confusion_matrix, masked_cross_entropy, stability_loss
 from co2s_fast.ops.masked_cross_entropy import masked_cross_entropy as cross_entropy_op
 from co2s_fast.ops.stability_loss import stability_loss as stability_op
 
@@ -72,3 +73,60 @@ def test_only_the_loss_that_is_used_sends_a_gradient():
     loss_a, _ = stability_loss(a, b, threshold=0.4, size=(8, 10))
     alone = torch.autograd.grad(loss_a, (a, b))
     assert alone[0].count_nonzero() > 0 and alone[1].count_nonzero() == 0
+
+
+def losses_of_one():
+    target = torch.randint(0, 3, (2, 8, 10), generator=torch.Generator().manual_seed(2))
+    other = logits(1).detach()
+    return {
+        "cross_entropy": lambda z: masked_cross_entropy(z, target),
+        "per pixel": lambda z: masked_cross_entropy(z, target, reduction="none").sum(),
+        "stability": lambda z: stability_loss(z, other, threshold=0.4, size=(8, 10))[0],
+    }
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", losses_of_one())
+def test_transforms_of_torch_func(name):
+    """Reverse mode and vmap are right, and forward mode, which the kernels lack, raises."""
+    loss, z = losses_of_one()[name], logits(0).detach()
+    expected = [torch.autograd.grad(loss(x), x)[0]
+                for x in (z.clone().requires_grad_(), (2 * z).requires_grad_())]
+    assert expected[0].count_nonzero() > 0
+    torch.testing.assert_close(torch.func.grad(loss)(z), expected[0])
+    torch.testing.assert_close(torch.func.jacrev(loss)(z), expected[0])
+    both = torch.func.vmap(torch.func.grad(loss))(torch.stack([z, 2 * z]))
+    torch.testing.assert_close(both, torch.stack(expected))
+    for forward_mode in (torch.func.jacfwd(loss), torch.func.hessian(loss)):
+        with pytest.raises(NotImplementedError, match="jvp"):
+            forward_mode(z)
+
+
+@pytest.mark.parametrize("name", losses_of_one())
+def test_a_batch_of_upstream_gradients(name):
+    loss, z = losses_of_one()[name], logits(0)
+    value = loss(z)
+    (expected,) = torch.autograd.grad(value, z, retain_graph=True)
+    (found,) = torch.autograd.grad(value, z, torch.tensor([1.0, -2.0]), is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack([expected, -2 * expected]))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_autograd_sees_what_is_written_in_place(backend, layout):
+    if not ops.backend_status()[backend].live:
+        pytest.skip(ops.backend_status()[backend].why)
+    cutmix = CutMix(torch.tensor([[0, 0, 4, 4], [1, 1, 3, 3]]), torch.tensor([1, 0]))
+    convolution = torch.nn.Conv2d(3, 2, 3)
+    with ops.use_backend(backend):
+        images = torch.randn(2, 3, 8, 8).to(memory_format=layout)
+        loss = convolution(images).square().sum()
+        cutmix.mix_(images)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        counts = torch.zeros(3, 3, dtype=torch.int64)
+        before = counts._version
+        confusion_matrix(logits(0).detach(), torch.zeros(2, 8, 10, dtype=torch.int64), out=counts)
+        assert counts._version > before
+        with torch.inference_mode():
+            cutmix.mix_(torch.randn(2, 3, 8, 8))

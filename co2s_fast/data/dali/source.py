@@ -65,10 +65,7 @@ def step_arrays(plan: Plan, stream: int, step: int, position: int,
         return arrays
     arrays["ignore"] = ignore
     if plan.truth:
-        arrays["truth"] = (
-            np.full((geometry.crop, geometry.crop), IGNORE, np.uint8) if item.label is None
-            else crop_label(plan.label(item, height, width), geometry)
-        )  # fmt: skip
+        arrays["truth"] = plan.true_crop(item, geometry, height, width)
     for number, view in enumerate(STRONG):
         if view in plan.views:
             colour = colour_arrays(drawn.colours[number])
@@ -168,7 +165,7 @@ def encoded_image(path: Path, by_pillow: bool = False) -> tuple[NDArray, tuple[i
     if _is_plain(content) and not by_pillow:
         try:
             with Image.open(io.BytesIO(content)) as image:
-                if image.mode in ("RGB", "L"):
+                if image.mode in ("RGB", "L") and "transparency" not in image.info:
                     return np.frombuffer(content, np.uint8), (image.height, image.width)
         except (OSError, SyntaxError, ValueError, UnidentifiedImageError):
             pass  # load_image says what is wrong with it
