@@ -50,6 +50,10 @@ def main() -> None:
 @click.option("--recipe", help="A recipe's name or YAML file; by default the dataset's own.")
 @click.option("--seed", type=int, help="Fixes weights, augmentation and order. Which "
               "images are labelled: --set data.split_seed=1.")
+@click.option("--seeds", metavar="0,1,2", help="One run a seed, in --out/seed-0, ..., on the same "
+              "labelled images; then their mean and spread.")
+@click.option("--deterministic", is_flag=True, help="Bit-equal repetitions on a GPU, too, where "
+              "torch can; it warns where not. Same as --set train.deterministic=true.")
 @click.option("--loader", type=click.Choice(["auto", "torch", "dali"]),
               help="Input pipeline. Default: DALI on a GPU where it is installed, else torch.")
 @click.option("--compile", is_flag=True, help="torch.compile the students: the first step takes "
@@ -78,7 +82,7 @@ def main() -> None:
 @click.option("--dry-run", is_flag=True, help="Check configuration and data, train nothing.")
 @offline_option
 @one_line_errors
-def train(**options: Any) -> None:
+def train(seeds: str | None, **options: Any) -> None:
     """Train both students and write a run folder, with an evaluation and a report at the end.
 
     \b
@@ -87,13 +91,19 @@ def train(**options: Any) -> None:
     co2s-fast train --dataset whdld --ratio 1/24 --clip clip-openai --ssm mae
     torchrun --nproc-per-node=2 -m co2s_fast train --dataset potsdam --ratio 1/32
     """  # noqa: D301, click's mark for lines as they are
-    from co2s_fast.engine.launch import evaluate_run, train_from_options
-    from co2s_fast.report import write_report
+    from co2s_fast.engine.launch import evaluate_run, options_of_each, train_from_options
+    from co2s_fast.report import comparison_table, write_comparison, write_report
 
-    run = train_from_options(**options)
-    if run is not None:
-        click.echo(evaluate_run(run))
-        click.echo(write_report(run))
+    runs = []
+    for each in options_of_each(seeds, options):
+        run = train_from_options(**each)
+        if run is not None:
+            runs.append(run)
+            click.echo(evaluate_run(run))
+            click.echo(write_report(run))
+    if seeds is not None and runs:
+        click.echo(comparison_table(runs))
+        click.echo(write_comparison(runs, runs[0].parent / "comparison.html"))
 
 
 @main.command()
@@ -284,9 +294,11 @@ def report(run: Path) -> None:
 @one_line_errors
 def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Put several runs side by side; runs that differ only by seed become a mean and a spread."""
-    from co2s_fast.report import write_comparison
+    from co2s_fast.report import comparison_table, write_comparison
 
-    click.echo(write_comparison(list(runs), out))
+    page = write_comparison(list(runs), out)
+    click.echo(comparison_table(runs))
+    click.echo(page)
 
 
 @main.command()

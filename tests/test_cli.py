@@ -144,6 +144,25 @@ def test_a_whole_run(prepared: Path, tmp_path: Path) -> None:
     result = call("compare", out, again, "-o", tmp_path / "comparison.html")
     assert result.exit_code == 0, (result.output, result.exception)
     assert (tmp_path / "comparison.html").is_file()
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "comparison.html")
+    assert "±" in result.stdout.splitlines()[-2]  # two runs that differ by their seed
+
+
+def test_several_seeds(prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "many"
+    result = train(prepared, out, "--seeds", "0, 3")
+    assert result.exit_code == 0, (result.output, result.exception)
+    page, row, head = result.stdout.splitlines()[:-4:-1]
+    assert page == str(out / "comparison.html") and row.split()[:2] == ["co2s", "2"]
+    assert head.endswith("both best") and "clip last" in head
+    assert row.count("±") == 6
+    for seed in (0, 3):
+        assert f"seed: {seed}\n" in (out / f"seed-{seed}/config.yaml").read_text()
+        assert (out / f"seed-{seed}/report.html").is_file()
+    assert train(prepared, out, "--seeds", "0,3", "--resume").exit_code == 0
+    failed(train(prepared, out, "--seeds", "0,x"), 2, "--seeds '0,x'")
+    failed(train(prepared, out, "--seeds", "1,1"), 2, "different whole numbers")
+    failed(train(prepared, out, "--seeds", "0,1", "--seed", 3), 2, "without --seed")
 
 
 def test_a_dry_run_writes_nothing(prepared: Path, tmp_path: Path) -> None:

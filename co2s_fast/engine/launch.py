@@ -68,6 +68,33 @@ def train_from_options(
     return folder if first and not dry_run else None
 
 
+def options_of_each(seeds: str | None, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The options of `train_from_options` for each of the runs of `--seeds`: a seed and a folder.
+
+    Args:
+        seeds: "0,1,2"; None: one run, of the options as they are.
+        options: of the command.
+
+    Raises:
+        UsageError: no list of different whole numbers, or --seed or several processes beside it.
+    """
+    if seeds is None:
+        return [options]
+    parts = [part.strip() for part in seeds.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise UsageError(f"--seeds {seeds!r}: expected different whole numbers, like 0,1,2")
+    if options.get("seed") is not None:
+        raise UsageError("--seeds: give it without --seed")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("--seeds: several processes make one run at a time; start torchrun once a "
+                         "seed, with --seed")
+    base = options.get("out")
+    if base is None:
+        base = load_config(options["recipe"], options["overrides"], nested_options(options),
+                           options.get("compat")).folder
+    return [{**options, "seed": int(part), "out": base / f"seed-{part}"} for part in parts]
+
+
 def pretrain_from_options(
     *, out: Path, recipe: str | None, overrides: Sequence[str], **options: Any
 ) -> list[Path]:
@@ -92,7 +119,7 @@ def nested_options(options: dict[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {"data": data} if data else {}
     if options.get("method") is not None:
         nested["method"] = {"name": options["method"]}
-    train = {"compile": True} if options.get("compile") else {}
+    train: dict[str, Any] = {key: True for key in ("compile", "deterministic") if options.get(key)}
     if options.get("class_weight") is not None:
         train["class_weight"] = options["class_weight"]
     nested |= {"train": train} if train else {}

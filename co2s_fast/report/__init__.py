@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {"write_report": "page", "write_comparison": "comparison", "read_run": "run",
-         "draw_attention": "attention"}
+_HOME = {"write_report": "page", "write_comparison": "comparison",
+         "comparison_table": "comparison", "read_run": "run", "draw_attention": "attention"}
 
 __all__ = sorted(_HOME)
 

@@ -70,6 +70,21 @@ def write_comparison(runs: Sequence[str | Path], out: str | Path) -> Path:
     return path
 
 
+def comparison_table(runs: Sequence[str | Path]) -> str:
+    """The means and spreads of `write_comparison` as plain text, mIoU in per cent."""
+    groups, _ = grouped([read_run(run) for run in dict.fromkeys(Path(run) for run in runs)])
+    names = _predictions([run for group in groups for run in group.runs])
+    lines = [["mIoU in %, mean ± deviation", "runs",
+              *(f"{name} {which}" for which in ("last", "best") for name in names)]]
+    for group in groups:
+        row = _row(group, names)
+        cells = [" ".join(row[which][name]).strip() for which in ("last", "best") for name in names]
+        lines.append([row["label"], str(row["count"]), *cells])
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join("  ".join([label.ljust(first), *map(str.rjust, cells, others)])
+                     for label, *cells in lines)
+
+
 def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     """Groups in the order of their first run, and the settings in which the groups differ."""
     found: dict[tuple, list[Run]] = {}
