@@ -20,7 +20,7 @@ install: $(VENV)/.ready
 # run with. Where no compiler is found the install still succeeds, with Triton and reference ops.
 $(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f 2>/dev/null)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d; make PYTHON=... chooses another" % v[:2])'
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --progress-bar on torch torchvision
 	$(BIN)/python -m pip install --quiet pybind11 ninja cmake

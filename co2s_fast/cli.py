@@ -99,7 +99,7 @@ def train(seeds: str | None, **options: Any) -> None:
         run = train_from_options(**each)
         if run is not None:
             runs.append(run)
-            click.echo(evaluate_run(run))
+            click.echo(evaluate_run(run, student="all"))
             click.echo(write_report(run))
     if seeds is not None and runs:
         click.echo(comparison_table(runs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,7 +160,10 @@ def test_several_seeds(prepared: Path, tmp_path: Path) -> None:
     for seed in (0, 3):
         assert f"seed: {seed}\n" in (out / f"seed-{seed}/config.yaml").read_text()
         assert (out / f"seed-{seed}/report.html").is_file()
+    failed(train(prepared, tmp_path / "none", "--seeds", "0,3", "--resume"), 2, "holds no run")
+    shutil.rmtree(out / "seed-3")  # as if stopped before it began
     assert train(prepared, out, "--seeds", "0,3", "--resume").exit_code == 0
+    assert (out / "seed-3/report.html").is_file()
     failed(train(prepared, out, "--seeds", "0,x"), 2, "--seeds '0,x'")
     failed(train(prepared, out, "--seeds", "1,1"), 2, "different whole numbers")
     failed(train(prepared, out, "--seeds", "0,1", "--seed", 3), 2, "without --seed")

@@ -281,22 +281,29 @@ def _repeated(what: str, values: list[Any]) -> list[str]:
 
 def _mask_problems(spec: DatasetSpec) -> list[str]:
     masks = [spec.mask, *(files.mask for files in spec.layouts if files.mask is not None)]
-    return list(dict.fromkeys(text for mask in masks for text in _problems_of(mask, spec)))
+    kinds = [text for mask in masks for text in _kind_problems(mask, spec)]
+    return list(dict.fromkeys(kinds)) or _value_problems(spec.mask, spec)
 
 
-def _problems_of(mask: MaskSpec, spec: DatasetSpec) -> list[str]:
+def _kind_problems(mask: MaskSpec, spec: DatasetSpec) -> list[str]:
     if mask.outside not in ("ignore", *spec.class_names):
         return [f"mask.outside {mask.outside!r}: expected 'ignore' or the name of a class"]
     if mask.encoding == "polygons":
         return []
     kind, wanted = (tuple, "colours") if mask.encoding == "color" else (int, "values")
-    problems = [f"mask.ignore {v}: encoding {mask.encoding!r} needs {wanted}"
-                for v in mask.ignore if not isinstance(v, kind) and v != IGNORE]
+    return [f"mask.ignore {v}: encoding {mask.encoding!r} needs {wanted}"
+            for v in mask.ignore if not isinstance(v, kind) and v != IGNORE]
+
+
+def _value_problems(mask: MaskSpec, spec: DatasetSpec) -> list[str]:
+    """What is a class and ignored, or two classes, in masks of the dataset's own encoding."""
+    if mask.encoding == "polygons":
+        return []
     if mask.encoding == "color":
-        return problems + [f"mask color {v} is both a class and ignored" for v in mask.ignore
-                           if v in spec.palette]
-    values = [v for i, c in enumerate(spec.classes) for v in c.values or [i + mask.offset]]
-    problems += _repeated("mask value", values)
+        return [f"mask color {v} is both a class and ignored" for v in mask.ignore
+                if v in spec.palette]
+    values = [v for i in range(spec.num_classes) for v in class_values(spec, i)]
+    problems = _repeated("mask value", values)
     return problems + [f"mask value {v} is both a class and ignored" for v in mask.ignore
                        if v in values]
 

@@ -293,7 +293,9 @@ def write_description(root: Path, spec: DatasetSpec,
                       statistics: BandStatistics | None = None) -> None:
     """Write `dataset.yaml` of a prepared folder: the dataset, its labels now being class ids."""
     classes = [c.model_copy(update={"values": []}) for c in spec.classes]
-    prepared = spec.model_copy(update={"mask": MaskSpec(), "classes": classes,
-                                       "statistics": statistics})
+    files = [each.model_copy(update={"mask": None}) for each in spec.layouts]
+    prepared = spec.model_copy(update={
+        "mask": MaskSpec(), "classes": classes, "statistics": statistics,
+        "files": files if isinstance(spec.files, list) else next(iter(files), None)})
     content = prepared.model_dump(mode="json", exclude_defaults=True)
     write_text(root / DESCRIPTION, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

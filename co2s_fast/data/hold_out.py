@@ -95,15 +95,17 @@ def _part_of_scene(root: Path, items: Sequence[Item], spec: DatasetSpec) -> Held
     for axis in axes:
         starts = sorted((getattr(corner, axis) for _, corner in labelled), reverse=True)
         first = starts[wanted - 1]  # the block begins here
-        val = {i.image.name for i, corner in labelled if getattr(corner, axis) >= first}
-        free = {i.image.name for i, corner in places if getattr(corner, axis) + side <= first}
+        block = {i.image.name: corner for i, corner in labelled if getattr(corner, axis) >= first}
+        fixed = list(block.values())
+        free = {i.image.name for i, corner in places
+                if i.image.name not in block and not _overlaps(corner, fixed, side)}
         if any(i.image.name in free for i, _ in labelled):
             end = "lower" if axis == "y" else "right"
-            apart = {i.image.name for i in items} - val - free
-            return HeldOut(val, apart, [
-                f"{labelled[0][1].group} alone has labels: the {len(val)} tiles at its {end} end "
-                f"validate, {len(apart)} that overlap them or have no label there are left out; "
-                "scores on a part of the same scene promise more than another scene holds"])
+            apart = {i.image.name for i in items} - block.keys() - free
+            return HeldOut(set(block), apart, [
+                f"{labelled[0][1].group} alone has labels: the {len(block)} tiles at its {end} end "
+                f"validate, {len(apart)} that overlap them are left out; scores on a part of the "
+                "same scene promise more than another scene holds"])
     raise DataError(f"{root}: one scene alone has labels, and its {len(labelled)} labelled tiles "
                     "overlap so that none would be left to train on; label another image, or cut "
                     "smaller tiles")

@@ -118,14 +118,6 @@ def find_sources(raw: Path, spec: DatasetSpec, more: Path | None = None,
     raise DataError(f"{raw}: no file matches {wanted}; {found}")
 
 
-def named_files(raw: Path, spec: DatasetSpec, without: Path | None = None) -> list[str]:
-    """The files below raw that any template of the dataset matches, relative and sorted."""
-    patterns = [pattern(template) for files in spec.layouts
-                for template in (files.images, files.labels) if template]
-    return [name for name in list_files(raw, without)
-            if any(each.fullmatch(name) for each in patterns)]
-
-
 def _layout(raw: Path, paths: dict[str, Path], files: FilesSpec) -> list[Source]:
     """The sources of one layout, empty where no image matches it."""
     image_pattern = pattern(files.images)

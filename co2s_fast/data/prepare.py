@@ -30,9 +30,10 @@ from co2s_fast.data.archives import find_archives, unpacked
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec, TileSpec
 from co2s_fast.data.files import save_label, write_description, write_text
 from co2s_fast.data.imagery import BandStatistics
-from co2s_fast.data.pairing import Source, find_sources, named_files
+from co2s_fast.data.pairing import Source, find_sources
 from co2s_fast.data.raw import Piece, RawImage, open_raw
 from co2s_fast.data.splits import summary
+from co2s_fast.data.stamps import checksum, is_unchanged, stamps
 from co2s_fast.data.survey import survey
 from co2s_fast.data.tile_writer import Place, TileWriter
 from co2s_fast.data.tiles import TILES
@@ -107,21 +108,22 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
                          f"--raw{source}")
     raw = Path(raw)
     out = out.resolve() if out.is_symlink() else out  # the link stays, its folder is replaced
-    if out.is_mount():
-        raise DataError(f"{out}: a mount point, which cannot be replaced; choose a folder in it")
     archives = find_archives(raw)
-    record = _record(raw, archives, spec, out)
+    record = {"description": spec.model_dump(mode="json"),
+              "files": stamps(raw, archives, spec, out.resolve())}
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not (out / RECORD).is_file() or raw.resolve().is_relative_to(out.resolve()):
             raise DataError(f"{out}: exists and is no prepared folder; choose another one")
         found = _read_record(out)
-        change = _difference(found, record)
+        change = _difference(found, record, raw)
         if found is not None and change is None and not overwrite:
             return Prepared(out, found["images"], found["tiles"], found["labeled"],
                             found["pixels"], True)
         if not overwrite:
             raise DataError(f"{out}: exists and was not prepared from {raw} with this description: "
                             f"{change}; choose another folder, or overwrite it (--overwrite)")
+    if os.path.ismount(out):
+        raise DataError(f"{out}: a mount point, which cannot be replaced; choose a folder in it")
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     with unpacked(archives, out, progress) as more:
@@ -144,14 +146,31 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
             write_description(temporary, spec, prepared.statistics)
             totals = {"images": prepared.images, "tiles": prepared.tiles,
                       "labeled": prepared.labeled, "pixels": prepared.pixels}
-            write_text(temporary / RECORD, json.dumps({**record, **totals}, indent=1))
-            if out.exists():
-                shutil.rmtree(out)
-            temporary.rename(out)
+            sums = {name: [*stamp, checksum(_below(raw, name))]
+                    for name, stamp in tqdm(record["files"].items(), desc="checksums", unit="file",
+                                            disable=not progress, leave=False)}
+            content = {**record, "files": sums, **totals}
+            write_text(temporary / RECORD, json.dumps(content, indent=1))
         except BaseException:
             shutil.rmtree(temporary)
             raise
+    _put(temporary, out)
     return prepared
+
+
+def _put(made: Path, out: Path) -> None:
+    """Give a finished folder its name; the former one goes last, so that one is always whole."""
+    former = out.with_name(f".{out.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
+    if out.exists():
+        out.rename(former)
+    try:
+        made.rename(out)
+    except OSError:
+        if former.exists():
+            former.rename(out)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _generate(spec: DatasetSpec, out: Path, progress: bool) -> Prepared:
@@ -166,24 +185,6 @@ def _generate(spec: DatasetSpec, out: Path, progress: bool) -> Prepared:
     return Prepared(out, images=count, tiles=count, labeled=count, already=already)
 
 
-def _record(raw: Path, archives: list[Path], spec: DatasetSpec, out: Path) -> dict:
-    """What decides whether a prepared folder is up to date.
-
-    The description; size and time [bytes, ns] of archives and of raw files that a template matches.
-    """
-    names = named_files(raw, spec, out.resolve()) if raw.is_dir() else []
-    paths = {path.relative_to(raw).as_posix() if path != raw else raw.name: path
-             for path in [*archives, *(raw / name for name in names)]}
-    files = {}
-    for name, path in paths.items():
-        try:
-            found = path.stat()
-        except OSError as error:  # a link that leads nowhere
-            raise DataError(f"{path}: {error.strerror}") from None
-        files[name] = [found.st_size, found.st_mtime_ns]
-    return {"description": spec.model_dump(mode="json"), "files": files}
-
-
 def _read_record(out: Path) -> dict | None:
     """The record of a prepared folder; None where it is damaged."""
     try:
@@ -194,20 +195,27 @@ def _read_record(out: Path) -> dict | None:
     return found if known and {"images", "tiles", "labeled", "pixels"} <= found.keys() else None
 
 
-def _difference(found: dict | None, record: dict) -> str | None:
+def _difference(found: dict | None, record: dict, raw: Path) -> str | None:
     """What has changed since a folder was prepared; None: nothing."""
     if found is None:
         return f"{RECORD} is damaged"
     if found.get("description") != record["description"]:
         return "the description is another one"
     old, new = found["files"], record["files"]
-    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    changed = sorted(name for name in old.keys() | new.keys()
+                     if name not in old or name not in new
+                     or not is_unchanged(_below(raw, name), new[name], old[name]))
     if not changed:
         return None
     how = {(True, False): "is gone", (False, True): "is new"}.get(
         (changed[0] in old, changed[0] in new), "was changed")
     more = f", and {len(changed) - 1} more differ" if len(changed) > 1 else ""
     return f"{changed[0]} {how}{more}"
+
+
+def _below(raw: Path, name: str) -> Path:
+    """A file of a raw folder; the archive itself where that is what was given."""
+    return raw if raw.is_file() else raw / name
 
 
 @dataclass

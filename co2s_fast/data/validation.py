@@ -27,8 +27,8 @@ class ValDataset(Dataset):
         items: in their order.
         spec: the dataset.
         config: scale and workers.
-        skipped: where damaged images are noted, which then come empty and without a label; None:
-            they are errors.
+        skipped: where damaged images are noted, which then come empty and without a label, as do,
+            without a note, images whose label cannot be used; None: both are errors.
     """
 
     def __init__(self, items: Sequence[Item], spec: DatasetSpec,
@@ -53,13 +53,12 @@ class ValDataset(Dataset):
 
     def _read(self, item: Item) -> tuple[Tensor, Tensor | None, str]:
         image = open_pixels(item.image, self.spec)
-        label = None
-        if item.label is not None:
-            label = load_label(item, self.spec)
-            if label.shape != (image.height, image.width):
-                raise DataError(f"{item.label}: {label.shape[1]} x {label.shape[0]} pixels, its "
-                                f"image {item.image} has {image.width} x {image.height}")
-            label = torch.from_numpy(np.array(label))
+        try:
+            label = self._label(item, image.height, image.width)
+        except DataError:
+            if self.skipped is None:
+                raise
+            return torch.empty(0, 0, 0, dtype=torch.uint8), None, item.name
         pixels, missing = image.whole()
         if label is not None and missing is not None:
             label[torch.from_numpy(missing)] = IGNORE
@@ -67,6 +66,15 @@ class ValDataset(Dataset):
         if size != (image.height, image.width):
             pixels = resized_planes(pixels, size)
         return torch.from_numpy(pixels), label, item.name
+
+    def _label(self, item: Item, height: int, width: int) -> Tensor | None:
+        if item.label is None:
+            return None
+        label = load_label(item, self.spec)
+        if label.shape != (height, width):
+            raise DataError(f"{item.label}: {label.shape[1]} x {label.shape[0]} pixels, its image "
+                            f"{item.image} has {width} x {height}")
+        return torch.from_numpy(np.array(label))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, str]]:
         return (self[index] for index in range(len(self)))

@@ -92,7 +92,13 @@ def options_of_each(seeds: str | None, options: dict[str, Any]) -> list[dict[str
     if base is None:
         base = load_config(options["recipe"], options["overrides"], nested_options(options),
                            options.get("compat")).folder
-    return [{**options, "seed": int(part), "out": base / f"seed-{part}"} for part in parts]
+    folders = [base / f"seed-{part}" for part in parts]
+    if options["resume"]:
+        if not any((folder / CONFIG_FILE).is_file() for folder in folders):
+            raise UsageError(f"--resume: {base} holds no run of these seeds")
+        options = {**options, "resume": False, "resume_if_exists": True}  # later ones begin
+    return [{**options, "seed": int(part), "out": folder}
+            for part, folder in zip(parts, folders, strict=True)]
 
 
 def pretrain_from_options(

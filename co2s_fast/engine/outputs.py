@@ -87,7 +87,7 @@ def targets_in(out: Path, sources: Sequence[Path], kinds: Sequence[str] = ()) ->
     owners: dict[Path, Path] = {}
     targets = []
     named = names_file(out)
-    if named and len(sources) != 1:
+    if named and len(sources) > 1:
         raise UsageError(f"{out}: the name of one map, but there are {len(sources)} images; give a "
                          "folder")
     for source in sources:

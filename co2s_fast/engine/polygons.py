@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,10 @@ def write_polygons(labels: Path, class_names: Sequence[str], signature: str = ""
 
 
 def read_polygons_signature(labels: Path) -> str | None:
-    """What `write_polygons` was given for a map; "" of a GeoPackage of others, None without any."""
+    """What `write_polygons` was given for a map; "" of a file of others, None of a broken one.
+
+    None also where there is none. Broken is a GeoPackage whose table of contents cannot be read.
+    """
     import fiona
     from fiona.errors import FionaError
 
@@ -105,7 +110,20 @@ def read_polygons_signature(labels: Path) -> str | None:
         with fiona.open(path) as layer:
             return layer.get_tag_item(SIGNATURE) or ""
     except FionaError:
-        return None
+        return "" if _has_contents(path) else None
+
+
+def _has_contents(path: Path) -> bool:
+    """Whether it is no empty file and no GeoPackage that was cut off."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if not head.startswith(b"SQLite format 3"):
+        return bool(head)
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        try:
+            return database.execute("SELECT count(*) FROM gpkg_contents").fetchone()[0] > 0
+        except sqlite3.DatabaseError:
+            return False
 
 
 def _features(source: Any, transform: Any, class_names: Sequence[str]

@@ -32,6 +32,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 RASTERS = (".tif", ".tiff", ".jp2", ".img")
 VIRTUAL = (".vrt",)  # other rasters put together, which may lie in the same folder
 BLOCK = 256
+_BEGINNINGS = (b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # PNG, TIFF, BigTIFF
 SIGNATURE = "CO2S_FAST"
 PLAIN = PlainImages()
 
@@ -297,12 +298,19 @@ def _open_raster(path: Path, spec: Imagery, scale: float = 1.0) -> Iterator[Rast
 
 
 def read_signature(path: Path) -> str | None:
-    """The signature of a finished map; "" of a file of others, None of a missing or broken one."""
+    """The signature of a finished map; "" of a file of others, None of a missing or broken one.
+
+    Broken is what is empty, or begins as a map does and cannot be opened.
+    """
     import rasterio
     from rasterio.errors import RasterioError
 
     if not path.is_file():
         return None
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head and not head.startswith(_BEGINNINGS):
+        return ""
     try:
         if is_raster(path):
             with rasters.quiet(), rasterio.open(path) as found:

@@ -87,7 +87,7 @@ def headline(trainer: Trainer, record: dict[str, Any]) -> str:
     for name, student in record["students"].items():
         lines.append(
             f"student {name}: {student['model']}, weights {student['source']} "
-            f"(sha256 {student['sha256'][:12]}, licence {student['licence']}), "
+            f"(sha256 {student['sha256'][:12]}, licence {student.get('licence', 'unknown')}), "
             f"{student['trained_parameters'] / 1e6:.2f} M parameters train"
         )
         if student.get("inflated"):

@@ -18,6 +18,7 @@ from co2s_fast.data.files import load_label, load_picture, load_rgb
 from co2s_fast.data.loader import build_loader
 from co2s_fast.data.splits import read_list
 from co2s_fast.data.tiles import list_images
+from co2s_fast.data.validation import val_dataset
 from co2s_fast.errors import DataError, UsageError
 
 INDEX = {"encoding": "index"}
@@ -51,6 +52,9 @@ def test_a_mask_that_was_edited_is_seen_and_stray_files_are_not(tmp_path):
     assert mask.stat().st_size == size
     with pytest.raises(DataError, match=r"with this description: a/masks/1.bmp was changed"):
         prepare(raw, out, spec)
+    Image.fromarray(np.asarray(Image.open(mask))[:, ::-1].copy()).save(mask)
+    assert prepare(raw, out, spec).already  # another time, the same content
+    Image.fromarray(np.asarray(Image.open(mask))[:, ::-1].copy()).save(mask)
     assert prepare_dataset(spec, raw, out, overwrite=True, progress=False).tiles == 6
     (raw / "a/images/2.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match=r"images/2.png: No such file"):
@@ -201,6 +205,9 @@ def test_masks_of_unlabelled_images_only_measure(tmp_path):
                           total_steps=2)
     with pytest.warns(UserWarning, match="pseudo-labels are not measured: .* value"):
         batches = list(loader)
+    noted = []  # the probe of a run reads the same masks
+    probe = val_dataset(split.unlabeled, spec, config, noted)
+    assert [label for _, label, _ in probe] == [None] * 8 and noted == []
     assert all((batch.truth == 255).all() and not batch.damaged for batch in batches)
 
 
@@ -232,3 +239,46 @@ def test_dali_leaves_a_transparent_colour_to_pillow(tmp_path):
     save(tmp_path / "b.png", np.zeros((8, 8, 3), np.uint8))
     starts = [encoded_image(tmp_path / f"{name}.png")[0][:2].tobytes() for name in "ab"]
     assert starts == [b"P6", b"\x89P"]
+
+
+def test_what_belongs_to_a_file_is_part_of_it(tmp_path):
+    raw = tmp_path / "raw"
+    write_tif(raw / "images/a.tif", scene(3, 32, 32, "uint8"), photometric="RGB")
+    spec = two_classes(files={"images": "images/{name}.tif"})
+    prepare(raw, tmp_path / "out", spec)
+    (raw / "images/a.tif.aux.xml").write_text("<PAMDataset/>")  # statistics, as QGIS leaves them
+    assert prepare(raw, tmp_path / "out", spec).already
+    (raw / "images/a.tfw").write_text("1\n0\n0\n-1\n0\n0\n")
+    with pytest.raises(DataError, match=r"images/a.tfw is new"):
+        prepare(raw, tmp_path / "out", spec)
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    raw, out = write_raw(tmp_path / "raw", ["a/1"]), tmp_path / "out"
+    prepare(raw, out, two_classes())
+    before = sorted(path.name for path in out.rglob("*"))
+    rename = type(out).rename
+
+    def fail(self, target):
+        if self.name == ".out.partial":
+            raise OSError(16, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(out), "rename", fail)
+    with pytest.raises(OSError, match="busy"):
+        prepare_dataset(two_classes(tile={"size": 16}), raw, out, overwrite=True, progress=False)
+    assert sorted(path.name for path in out.rglob("*")) == before
+
+
+def test_a_description_is_read_back_where_a_layout_has_a_mask_of_its_own(tmp_path):
+    for name in "ab":
+        save(tmp_path / f"raw/images/{name}.png", np.zeros((32, 32, 3), np.uint8))
+        save(tmp_path / f"raw/labels/{name}.png", np.ones((32, 32), np.uint8))
+    classes = [{"name": "a", "color": [1, 1, 1], "values": [1]},
+               {"name": "b", "color": [2, 2, 2], "values": [2]}]
+    files = [{**FLAT, "mask": {"encoding": "index", "ignore": [0]}}]
+    prepare(tmp_path / "raw", tmp_path / "out",
+            two_classes(classes=classes, files=files, mask={"encoding": "color", "ignore": []}))
+    assert load_dataset(tmp_path / "out/dataset.yaml").class_names == ["a", "b"]
+    assert {int(load_label(item, two_classes()).max())
+            for item in list_images(tmp_path / "out")} == {0}

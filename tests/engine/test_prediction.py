@@ -450,6 +450,17 @@ def test_files_of_others_are_not_replaced(tmp_path, name):
     run([tmp_path / "a.jpg"], tmp_path, **options)  # without a signature: made again
 
 
+def test_what_cannot_be_opened_is_not_ours(tmp_path):
+    Image.fromarray(scene()).save(tmp_path / "a.jpg")
+    pointer = tmp_path / "a.png"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UsageError, match=r"a\.png: is there"):
+        run([tmp_path / "a.jpg"], tmp_path)
+    assert pointer.read_text().startswith("version")
+    pointer.write_bytes(b"")  # after a power cut
+    assert run([tmp_path / "a.jpg"], tmp_path) == [pointer]
+
+
 def test_the_map_of_one_image_is_not_the_overlay_of_another(tmp_path):
     for name in ("a", "a.overlay"):
         Image.fromarray(scene()).save(tmp_path / f"{name}.png")

@@ -144,6 +144,17 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(
     assert_same_weights(folder, whole)
 
 
+def test_a_run_of_before_licences_goes_on(run_content, stop_after) -> None:
+    content = run_content()
+    stop_after(3, RunConfig.model_validate(content))
+    state = RunConfig.model_validate(content).folder / "checkpoints/last/state.json"
+    saved = json.loads(state.read_text())
+    for provenance in saved["provenance"].values():
+        assert provenance.pop("licence") == "none: random weights"
+    state.write_text(json.dumps(saved))
+    assert numbers(start(content, resume=True))[-1]["step"] == 6
+
+
 def test_resuming_a_finished_run_and_an_empty_folder(run_content) -> None:
     folder = start(run_content(), resume=True)  # nothing there: from the beginning
     before = numbers(folder)
