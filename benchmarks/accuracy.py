@@ -71,7 +71,8 @@ def train(plan: Plan, work: Path) -> Path:
     folder, marker = work / plan.name, work / f"{plan.name}.finished.json"
     arguments = plan.arguments()
     if marker.is_file():
-        before = json.loads(marker.read_text())
+        kept = json.loads(marker.read_text())
+        before = kept["arguments"] if isinstance(kept, dict) else kept  # of earlier versions
         if before != arguments:
             raise click.UsageError(
                 f"{folder} was trained with other options ({' '.join(before)}): "
@@ -84,7 +85,7 @@ def train(plan: Plan, work: Path) -> Path:
     code = run_command([*command, "--out", str(folder), "--resume-if-exists"])
     if code:
         raise click.ClickException(f"{plan.name}: training ended with exit code {code}")
-    results.save(marker, arguments)
+    results.save(marker, {"arguments": arguments, **results.commit()})
     return folder
 
 
@@ -147,7 +148,15 @@ def collect(plan: Plan, folder: Path) -> dict[str, Any]:
         "best": {s: max(curve) for s, curve in curves.items()},
         "pseudo": pseudo,
         "pseudo_all": all_pseudo_labels(folder),
+        **trained_by(folder),
     }
+
+
+def trained_by(folder: Path) -> dict[str, Any]:
+    """Commit of the code that trained a run, and whether that had local changes; where noted."""
+    marker = folder.with_name(f"{folder.name}.finished.json")
+    kept = json.loads(marker.read_text()) if marker.is_file() else None
+    return {key: kept[key] for key in ("commit", "dirty")} if isinstance(kept, dict) else {}
 
 
 def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:

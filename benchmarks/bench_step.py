@@ -5,7 +5,9 @@ weak views; a pass over [labelled, weak] whose features are decoded clean and pe
 labelled half too, although nothing uses that; a pass over the two strong views; each pass through
 the networks as the release writes them (`released.py`); logits brought to full resolution; masked
 losses with counts fetched to the host; an AdamW per student. On a GPU it runs in float32 with
-TF32, and once more under autocast and torch.compile.
+TF32, and cuDNN times its algorithms, as released; `eager_autocast` is the same in bfloat16,
+`compile_autocast` that under torch.compile. Ours is in bfloat16, `ours_float32` in float32 with
+TF32; cuDNN does not time its algorithms for it.
 
 `eager_our_networks` is the released order of passes and losses on our own decoder and backbones,
 to show how much of the ratio is theirs. Ours is `co2s_fast.methods.co2s` as the trainer runs it.
@@ -119,9 +121,10 @@ def eager_logits(
 
 
 def eager_step(
-    device: torch.device, tiny: bool, crop: int, *, compiled: bool = False, ours: bool = False
+    device: torch.device, tiny: bool, crop: int, *, compiled: bool = False, ours: bool = False,
+    half: bool = False,
 ) -> Callable[[], Tensor]:
-    """One released training step as a function without arguments."""
+    """One released training step as a function without arguments; compiled or `half`: bfloat16."""
     students = make_students(device, tiny)
     if not ours:
         students = {name: released.with_plain_layers(s) for name, s in students.items()}
@@ -139,7 +142,7 @@ def eager_step(
         mixed = dict(images)
         for view, box in zip(("s1", "s2"), batch.box_maps, strict=True):
             mixed[view] = eager_mix(images[view].clone(), box, batch.partner)
-        with torch.autocast(device.type, torch.bfloat16, enabled=compiled):
+        with torch.autocast(device.type, torch.bfloat16, enabled=compiled or half):
             logits = {name: eager_logits(s, ways[name], mixed) for name, s in students.items()}
             loss = losses(logits, batch, released=True, plain_indexing=not compiled)
         for optimizer in optimizers:
@@ -149,7 +152,20 @@ def eager_step(
             optimizer.step()
         return loss.detach()
 
-    return step
+    return with_tuned_cudnn(step) if device.type == "cuda" else step
+
+
+def with_tuned_cudnn(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`step` with `cudnn.benchmark`, which the release turns on; warm-up times the algorithms."""
+
+    def tuned() -> Tensor:
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            return step()
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    return tuned
 
 
 def our_step(device: torch.device, tiny: bool, crop: int, provider: str) -> Callable[[], Tensor]:
@@ -196,6 +212,8 @@ def our_step(device: torch.device, tiny: bool, crop: int, provider: str) -> Call
 def build(provider: str, device: torch.device, tiny: bool, crop: int) -> Workload:
     if provider in ("eager", "eager_our_networks"):
         step = eager_step(device, tiny, crop, ours=provider == "eager_our_networks")
+    elif provider == "eager_autocast":
+        step = eager_step(device, tiny, crop, half=True)
     elif provider == "compile_autocast":
         if device.type == "cpu":
             raise NotMeasured(GPU_ONLY)
@@ -211,7 +229,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     name, crop = ("tiny", 128) if tiny else ("vit_b16", 512)
     providers = ("eager", "eager_our_networks", "compile_autocast", "ours")
     if not tiny:
-        providers += ("ours_float32", "ours_channels_last", "ours_compile")
+        providers += ("eager_autocast", "ours_float32", "ours_channels_last", "ours_compile")
     # Dropout draws differ between the forms, so their results are not compared here; the tests of
     # the training step do that with dropout off.
     builder = partial(build, tiny=tiny, crop=crop)

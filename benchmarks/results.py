@@ -96,15 +96,20 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def make_header(device: torch.device, repeats: int, quick: bool) -> dict[str, Any]:
-    """Everything about the run that is known at its start."""
+def commit() -> dict[str, Any]:
+    """The commit of this code, and whether it has local changes (None: nobody knows)."""
     # Results themselves are no part of what was measured.
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".",
                    ":(exclude)benchmarks/results")  # fmt: skip
+    return {"commit": _git("rev-parse", "HEAD") or "unknown",
+            "dirty": None if changes is None else bool(changes)}
+
+
+def make_header(device: torch.device, repeats: int, quick: bool) -> dict[str, Any]:
+    """Everything about the run that is known at its start."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "dirty": None if changes is None else bool(changes),
+        **commit(),
         "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": versions(),
         "device": device_name(device),

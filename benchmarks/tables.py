@@ -31,6 +31,7 @@ TIMES = ("forward", "backward", "both", "step", "load", "predict")
 NAMES = {
     "eager_in_batch": "eager, partner in batch",
     "eager_our_networks": "eager on our networks",
+    "eager_autocast": "eager, bfloat16 autocast",
     "compile": "torch.compile",
     "compile_autocast": "torch.compile + autocast",
     "ours_float32": "ours, float32",
@@ -247,7 +248,11 @@ def table(name: str, folder: Path) -> str:
         raise ValueError(f"benchmark:{name}: there is no {path}")
     content = json.loads(path.read_text())
     h = content["header"]
-    note = f"mIoU in %, {h['date'][:10]}, commit {h['commit'][:10]}, {h['device']}"
+    # Runs may have been trained before the file was written, by other code.
+    commits = [each for each in content["runs"] if "commit" in each] or [h]
+    shown = dict.fromkeys(each["commit"][:10] + (" with local changes" if each["dirty"] else "")
+                          for each in commits)
+    note = f"mIoU in %, {h['date'][:10]}, commit {' and '.join(shown)}, {h['device']}"
     return f"{note}\n\n{markdown(*accuracy_table(content))}"
 
 

@@ -29,10 +29,10 @@ from co2s_fast.engine.outputs import check_writable
 from co2s_fast.engine.start import derived_seed, student_seed
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models import Student, build_student
-from co2s_fast.models.loading import OWN_BACKBONE, checksum
-from co2s_fast.models.weights.files import save_tensors
+from co2s_fast.models.loading import checksum
+from co2s_fast.models.weights.files import OWN_BACKBONE, PRETRAINED, save_tensors
 
-RECORD = "pretrain.json"
+RECORD = PRETRAINED
 IGNORE = 255
 
 
@@ -68,7 +68,8 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
     if not split.unlabeled:
         raise DataError(f"{split.folder / 'unlabeled.txt'}: empty, and pretraining learns from "
                         "unlabelled images")
-    if (out / RECORD).exists():
+    files = [out / RECORD, *(out / f"{name}.safetensors" for name in config.students)]
+    if any(path.exists() for path in files):
         raise UsageError(f"{out} already holds pretrained weights; remove it, or give another "
                          "folder")
     check_writable(out)

@@ -18,6 +18,7 @@ from co2s_fast.models.presets import TINY_CLIP_MODEL, TINY_SSM_MODEL
 from co2s_fast.models.ssm import TimmBackbone
 from co2s_fast.models.stem import ConvStem
 from co2s_fast.models.weights.files import (
+    OWN_BACKBONE,
     State,
     is_file_name,
     load_strictly,
@@ -30,8 +31,6 @@ from co2s_fast.models.weights.layouts import translate as translate_layout
 from co2s_fast.models.weights.registry import entry_for
 from co2s_fast.models.weights.store import from_hub, resolve
 
-OWN_BACKBONE = {"format": "co2s-fast backbone"}
-"""Metadata of a safetensors file that holds a whole backbone under this package's own names."""
 
 def is_own_backbone(path: str | Path) -> bool:
     """Whether a file was written by `co2s-fast pretrain`: a whole backbone, its stem included."""

@@ -17,6 +17,7 @@ from co2s_fast.engine.trainer import train
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models import build_student
 from co2s_fast.models.loading import checksum
+from co2s_fast.models.weights.convert import verify
 
 
 def config_of(content, **changes) -> RunConfig:
@@ -38,6 +39,16 @@ def test_a_run_starts_from_pretrained_backbones(run_content, tmp_path) -> None:
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in again]
     with pytest.raises(UsageError, match="weights already holds pretrained weights"):
         pretrain(config, tmp_path / "weights", progress=False)
+    written.rename(tmp_path / "pretrain.json")
+    with pytest.raises(UsageError, match="weights already holds pretrained weights"):
+        pretrain(config, tmp_path / "weights", progress=False)  # of whatever origin
+    (tmp_path / "pretrain.json").rename(written)
+    assert verify(paths[0]).endswith("as written")
+    (tmp_path / "weights/ssm.safetensors").rename(tmp_path / "kept.safetensors")
+    (tmp_path / "weights/ssm.safetensors").write_bytes(paths[0].read_bytes())
+    with pytest.raises(DataError, match="written were"):
+        verify(tmp_path / "weights/ssm.safetensors")
+    (tmp_path / "kept.safetensors").replace(tmp_path / "weights/ssm.safetensors")
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written to"):
         pretrain(config, tmp_path / "file/weights", progress=False)

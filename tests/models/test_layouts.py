@@ -16,8 +16,9 @@ from torch import nn
 
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models import StudentConfig, build_student
+from co2s_fast.models.inflate import NORMALIZATION
 from co2s_fast.models.weights.choose import settings
-from co2s_fast.models.weights.convert import convert, import_weights
+from co2s_fast.models.weights.convert import convert, describe, import_weights
 
 VIT = {"embed_dim": 128, "depth": 3, "num_heads": 2}
 IMAGE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -144,6 +145,11 @@ def test_dinov3(tmp_path, classes, small_decoder):
     reference.load_state_dict(eva.checkpoint_filter_fn(dict(original), reference))
     found, _ = maps_of(tmp_path / "dinov3.pth", "ssm", classes, small_decoder)
     same(found, expected_maps(reference))
+    # Meta's models of satellite images take images of another mean; only the file's name tells.
+    satellite = tmp_path / "dinov3_vitb16_pretrain_sat493m-0000.pth"
+    torch.save(original, satellite)
+    means = [describe(path).mean for path in (tmp_path / "dinov3.pth", satellite)]
+    assert means == [NORMALIZATION["imagenet"][0], NORMALIZATION["satellite"][0]]
 
 
 def test_dinov3_of_transformers(tmp_path, classes, small_decoder):

@@ -417,3 +417,113 @@ def test_the_names_of_issue_and_paper():
               "beitv2", "ibot", "simmim"}  # fmt: skip
     assert wanted <= set(registry.names())
     assert replace(REGISTRY["mae"], name="x").source == "timm mae"
+
+
+class Broken(BaseHTTPRequestHandler):
+    """Announces a whole file, and closes after half of it; then gives all."""
+
+    content, calls = b"", 0
+
+    def do_GET(self) -> None:
+        type(self).calls += 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content[: len(self.content) // (2 if self.calls == 1 else 1)])
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def test_a_download_that_breaks_off_is_no_file(monkeypatch, mae_file, places):
+    Broken.content, Broken.calls = mae_file.read_bytes(), 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    put(monkeypatch, url=f"http://127.0.0.1:{server.server_port}/small.pth")
+    try:
+        result = call("weights", "fetch", "small")
+        assert result.exit_code == 1 and f"of {len(Broken.content)} bytes came" in result.output
+        assert not list((places / "weights").iterdir())  # neither a file nor a checksum
+        assert call("weights", "fetch", "small").exit_code == 0
+    finally:
+        server.shutdown()
+    assert (places / "weights/small.pth").read_bytes() == Broken.content
+
+
+def test_a_file_that_its_publisher_replaced(monkeypatch, mae_file, vit, places):
+    put(monkeypatch, url=mae_file.as_uri())
+    assert call("weights", "fetch", "small").exit_code == 0
+    (places / "weights/small.pth").unlink()
+    torch.save({"model": {k: v + 1 for k, v in vit.state_dict().items()}}, mae_file)
+    result = call("weights", "fetch", "small")
+    assert result.exit_code == 1
+    assert "remove 'small' from checksums.json, too" in result.output
+
+
+def test_a_folder_that_cannot_be_written_to_is_read(monkeypatch, mae_file, places):
+    put(monkeypatch)
+    (places / "weights").mkdir()
+    (places / "weights/small.pth").write_bytes(mae_file.read_bytes())
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    result = call("weights", "verify")
+    assert result.exit_code == 0 and "tensors fit" in result.output
+    assert not (places / "weights/checksums.json").exists()
+
+
+@pytest.mark.parametrize(("width", "family", "heads"), [
+    (1280, "vit", 16), (1280, "dinov3", 20), (1536, "dinov2", 24), (1024, "vit", 16),
+])  # fmt: skip
+def test_heads_of_the_larger_models(width, family, heads):
+    state = {"patch_embed.proj.weight": torch.zeros(width, 3, 14, 14),
+             "blocks.0.mlp.fc1.weight": torch.zeros(4 * width, width)}  # fmt: skip
+    state |= {"vit": {}, "dinov2": {"blocks.0.ls1.gamma": torch.zeros(width)},
+              "dinov3": {"reg_token": torch.zeros(1)}}[family]  # fmt: skip
+    if family != "dinov3":
+        state["pos_embed"] = torch.zeros(1, 257, width)
+    assert ssm_architecture(state, "x")[1].get("num_heads", 12) == heads
+
+
+def test_a_width_that_no_published_model_has():
+    state = {"patch_embed.proj.weight": torch.zeros(1300, 3, 14, 14),
+             "blocks.0.mlp.fc1.weight": torch.zeros(5200, 1300)}  # fmt: skip
+    with pytest.raises(DataError, match=r"1300 channels wide.*up to 1024 and 1280, 1408"):
+        ssm_architecture(state, "x")
+    clip = {"visual.conv1.weight": torch.zeros(1280, 3, 14, 14),
+            "visual.proj": torch.zeros(1280, 1024),
+            "visual.positional_embedding": torch.zeros(257, 1280),
+            "visual.transformer.resblocks.31.x": torch.zeros(1)}  # fmt: skip
+    assert clip_architecture(clip, "x", quick=False)[1]["vision_cfg"]["head_width"] == 80
+
+
+def test_a_released_student_is_no_pretrained_weights(tmp_path):
+    torch.save({"backbone.storage_tokens": torch.zeros(1), "decode_head.head.weight":
+                torch.zeros(1)}, tmp_path / "best.pth")  # fmt: skip
+    result = call("weights", "verify", tmp_path / "best.pth")
+    assert result.exit_code == 1 and "import-checkpoint" in result.output
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ({"model": {"w": torch.zeros(1)}, "extra": Evil()}, "an object of .*print"),
+    ({"state": {0: {"step": torch.zeros(1)}}, "param_groups": []}, "entries without names"),
+])  # fmt: skip
+def test_what_a_file_may_not_hold(tmp_path, capfd, content, said):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(DataError, match=said) as error:
+        verify(tmp_path / "a.pth")
+    assert "weights_only" not in str(error.value) and "\x1b" not in str(error.value)
+    assert "executed" not in capfd.readouterr().out
+
+
+def test_a_damaged_zip_is_one_line(tmp_path):
+    torch.save({"w": torch.zeros(100)}, tmp_path / "a.pth")
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    place = content.rfind(b"PK\x01\x02")
+    content[place : place + 4] = b"XXXX"
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.pth: cannot be read"):
+        verify(tmp_path / "a.pth")

@@ -10,7 +10,16 @@ from co2s_fast.errors import DataError
 from co2s_fast.models.weights.files import State
 
 HEAD_WIDTH = 64
-"""Of every published CLIP, MAE, BEiT, iBOT, SimMIM and DINO model; shapes do not tell it."""
+"""Of every published model up to a width of 1024; no shape tells it."""
+
+# Of the larger ones, by width of the transformer: open_clip's H, g, bigG and e; MAE's huge (timm's
+# vit_huge and giant); DINOv2's giant; DINOv3's huge plus and 7B. Source: the libraries' registries.
+_WIDE_HEADS = {
+    "clip": {1280: 80, 1408: 88, 1664: 104, 1792: 112},
+    "vit": {1280: 80, 1408: 88},
+    "dinov2": {1536: 64},
+    "dinov3": {1280: 64, 4096: 128},
+}
 
 _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 _CLIP_NAMES = {(16, 768, 12): "ViT-B-16", (32, 768, 12): "ViT-B-32", (14, 1024, 24): "ViT-L-14"}
@@ -39,7 +48,7 @@ def clip_architecture(state: State, path: str | Path, *, quick: bool) -> tuple[s
     if name is not None and grid * patch == 224 and _usual_text(state, name):
         return name + suffix, {}
     vision = {"layers": layers, "width": width, "patch_size": patch, "image_size": grid * patch,
-              "head_width": HEAD_WIDTH}  # fmt: skip
+              "head_width": _head_width("clip", width, path)}  # fmt: skip
     overrides: dict[str, Any] = {"embed_dim": embed, "vision_cfg": vision}
     if "token_embedding.weight" in state:
         vocabulary, text_width = state["token_embedding.weight"].shape
@@ -77,7 +86,7 @@ def ssm_architecture(state: State, path: str | Path) -> tuple[str, dict[str, Any
         raise DataError(f"weights {path}: no vision transformer, no entry {error}") from None
     name, overrides, usual = _family(state)
     size = {"embed_dim": width, "depth": _depth(state, r"blocks\.(\d+)\."),
-            "num_heads": _heads(state, width)}  # fmt: skip
+            "num_heads": _heads(state, width, name, path)}  # fmt: skip
     if size == _LARGE:
         name, usual = name.replace("base", "large"), usual | _LARGE
     overrides |= _different(
@@ -124,11 +133,27 @@ def _beit(state: State) -> dict[str, Any]:
     return changes
 
 
-def _heads(state: State, width: int) -> int:
+def _head_width(family: str, width: int, path: str | Path) -> int:
+    """Channels of an attention head of a model of that width.
+
+    Raises:
+        DataError: no published model of the family is as wide.
+    """
+    if width <= 1024:
+        return HEAD_WIDTH
+    if width not in _WIDE_HEADS[family]:
+        known = ", ".join(map(str, _WIDE_HEADS[family]))
+        raise DataError(f"weights {path}: {width} channels wide, and no tensor tells how many "
+                        f"heads share them; known are widths up to 1024 and {known}")
+    return _WIDE_HEADS[family][width]
+
+
+def _heads(state: State, width: int, model: str, path: str | Path) -> int:
     for key, value in state.items():
         if key.endswith("relative_position_bias_table"):
             return value.shape[1]
-    return max(1, width // HEAD_WIDTH)
+    family = next((each for each in ("dinov2", "dinov3") if each in model), "vit")
+    return max(1, width // _head_width(family, width, path))
 
 
 def _image_size(state: State, patch: int, usual: int) -> int:

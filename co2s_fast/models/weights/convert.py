@@ -142,8 +142,7 @@ def _metadata(
     found: Converted, entry: WeightEntry | None, source: Path, digest: str
 ) -> dict[str, str]:
     kind = found.layout.kind
-    rule = entry.normalization if entry else "clip" if kind == "clip" else "imagenet"
-    mean, std = NORMALIZATION[rule]
+    mean, std = NORMALIZATION[entry.normalization if entry else _normalization(found, source)]
     return {
         "format": FORMAT,
         "kind": kind,
@@ -163,6 +162,13 @@ def _metadata(
     }
 
 
+def _normalization(found: Converted, path: Path) -> str:
+    """Of a file that is known by no name: that of its kind, of Meta's satellite DINOv3 its own."""
+    if found.layout.name.startswith("dinov3") and "sat493m" in path.name:
+        return "satellite"
+    return "clip" if found.layout.kind == "clip" else "imagenet"
+
+
 def describe(path: Path, kind: Kind | None = None) -> About:
     """What kind of weights a file holds, from its metadata or else from its tensors.
 
@@ -172,7 +178,7 @@ def describe(path: Path, kind: Kind | None = None) -> About:
     said = files.metadata(path)
     if said.get("format") != FORMAT:
         found = convert(path, kind)
-        rule = NORMALIZATION["clip" if found.layout.kind == "clip" else "imagenet"]
+        rule = NORMALIZATION[_normalization(found, path)]
         return About(found.layout.kind, found.model, found.overrides, *rule, found.whole_clip,
                      found.depth, found.patch, found.layout.name)  # fmt: skip
     if kind not in (None, said["kind"]):
@@ -197,6 +203,14 @@ def verify(path: Path) -> str:
         DataError: it does not hold what it should.
     """
     said = files.metadata(path)
+    if said.get("format") == files.OWN_BACKBONE["format"]:
+        state = files.read_state_dict(path)
+        digest, written = files.state_sha256(state), _pretrained_sha256(path)
+        if digest != (written or digest):
+            raise DataError(f"weights {path}: its tensors have sha256 {digest}, written were "
+                            f"{written}")
+        return (f"a backbone of `co2s-fast pretrain`, {len(state)} tensors, sha256 {digest[:12]}"
+                f"{' as written' if written else ''}")
     if said.get("format") != FORMAT:
         found = convert(path)
         return f"layout {found.layout.name}, {found.model}, {len(found.state)} tensors fit"
@@ -211,6 +225,15 @@ def verify(path: Path) -> str:
         raise DataError(f"weights {path}: its tensors have sha256 {digest}, written were "
                         f"{said.get('tensors_sha256')}")  # fmt: skip
     return f"{about.model}, {len(state)} tensors fit, sha256 {digest[:12]} as written"
+
+
+def _pretrained_sha256(path: Path) -> str | None:
+    """What the record beside a file of `pretrain` says of it; None where it says nothing."""
+    try:
+        record = json.loads((path.parent / files.PRETRAINED).read_text(encoding="utf-8"))
+        return str(record["students"][path.stem]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def verify_all() -> list[tuple[str, str, bool]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +20,12 @@ from co2s_fast.errors import DataError
 State = dict[str, Tensor]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+OWN_BACKBONE = {"format": "co2s-fast backbone"}
+"""Metadata of a safetensors file that holds a whole backbone under this package's own names."""
+
+PRETRAINED = "pretrain.json"
+"""Beside such files: what they come from, and their checksums."""
+
 WRAPPERS = ("teacher", "model", "state_dict", "state", "module")
 """Keys under which releases put the state dict; of a teacher and a student, the teacher."""
 
@@ -65,6 +73,9 @@ def read_state_dict(path: str | Path) -> State:
                 break
     if not isinstance(state, dict) or not state:
         raise DataError(f"weights {path}: expected a dictionary of tensors, found {type(state)}")
+    if not all(isinstance(key, str) for key in state):
+        raise DataError(f"weights {path}: entries without names, like those of an optimizer's "
+                        "state; expected a dictionary of tensors by name")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if other:
@@ -87,6 +98,11 @@ def _read(path: Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's message recommends to run it
+        found = re.search(r"Unsupported (?:global|class|operand|operator)[^:]*: (?:GLOBAL )?(\S+)",
+                          str(error))
+        what = f"an object of {found[1]}" if found else "something other than tensors"
+        return f"it holds {what}, which would have to be run, or it is damaged"
     return str(error).strip().split("\n")[0]
 
 
@@ -94,8 +110,11 @@ def is_torchscript(path: Path) -> bool:
     """Whether a zip file is a TorchScript archive, which has code in it."""
     if path.suffix == ".safetensors" or not is_zipfile(path):
         return False
-    with ZipFile(path) as archive:
-        return any(name.split("/")[1:2] == ["code"] for name in archive.namelist())
+    try:
+        with ZipFile(path) as archive:
+            return any(name.split("/")[1:2] == ["code"] for name in archive.namelist())
+    except (BadZipFile, OSError):
+        return False  # reading it says what is wrong
 
 
 def torchscript_hint(path: Path) -> str:

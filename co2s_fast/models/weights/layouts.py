@@ -126,6 +126,9 @@ def detect(keys: Keys, path: str | Path, kind: Kind | None = None) -> Layout:
     Raises:
         DataError: none that is known, or one of the other kind.
     """
+    if any(key.startswith("decode_head.") for key in keys):
+        raise DataError(f"weights {path}: a student with its decoder, as Co2S releases them; "
+                        "`co2s-fast import-checkpoint` makes a run of two of them")
     found = next((layout for layout in LAYOUTS if layout.detect(keys)), None)
     if found is None:
         known = ", ".join(layout.name for layout in LAYOUTS)

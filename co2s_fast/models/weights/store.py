@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,12 @@ from typing import Any
 
 from co2s_fast.data.files import replacing, write_text
 from co2s_fast.errors import DataError, UsageError
-from co2s_fast.models.weights.files import file_sha256, is_file_name
+from co2s_fast.models.weights.files import (
+    file_sha256,
+    is_file_name,
+    is_torchscript,
+    read_state_dict,
+)
 from co2s_fast.models.weights.registry import REGISTRY, Kind, WeightEntry, entry_for
 from co2s_fast.offline import go_offline, is_offline
 
@@ -106,16 +111,38 @@ def _download(entry: WeightEntry) -> Path:
     try:
         if entry.hub is not None:
             return _from_hub(entry)
-        from torch.hub import download_url_to_file
-
         target = folder() / file_name(entry)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
-            download_url_to_file(entry.url, str(temporary), hash_prefix=entry.sha256)
+            _from_url(entry.url, temporary)
+            if entry.sha256 and not (found := file_sha256(temporary)).startswith(entry.sha256):
+                raise OSError(f"invalid hash value, expected {entry.sha256}, found {found}")
+            # Without a published checksum a file that can be read is what there is to go by.
+            if entry.sha256 is None and not is_torchscript(temporary):
+                read_state_dict(temporary)
         return target
-    except (OSError, RuntimeError, urllib.error.URLError) as error:
+    except (DataError, UsageError):
+        raise
+    except Exception as error:  # of urllib, of the hub's client and of what it is built on
         raise DataError(f"weights {entry.name}: not fetched from {entry.url or entry.hub}: "
                         f"{_first_line(error)}") from error  # fmt: skip
+
+
+def _from_url(url: str, target: Path) -> None:
+    """Fetch a file, or raise an OSError where less came than was announced.
+
+    `torch.hub.download_url_to_file` takes a connection that closes early for the end of the file.
+    """
+    from tqdm import tqdm
+
+    with urllib.request.urlopen(url) as answer, target.open("wb") as file:
+        announced = int(answer.headers.get("Content-Length") or 0)
+        with tqdm(total=announced or None, unit="B", unit_scale=True, desc=target.name) as bar:
+            while block := answer.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+        if announced and file.tell() != announced:
+            raise OSError(f"{file.tell()} of {announced} bytes came; try again")
 
 
 def _from_hub(entry: WeightEntry) -> Path:
@@ -151,9 +178,14 @@ def check(entry: WeightEntry, path: Path) -> str:
     expected = published or (noted.get("sha256") if same_source else None)
     if expected is not None and not found.startswith(expected):
         who = "published" if published else f"noted in {folder() / LOCK_FILE}"
+        again = "remove it and fetch it again" if published else (
+            "remove it and fetch it again; where its publisher has replaced it, remove "
+            f"{entry.name!r} from {LOCK_FILE}, too"
+        )  # fmt: skip
         raise DataError(f"weights {entry.name}: {path} has sha256 {found}, {who} is {expected}; "
-                        "remove it and fetch it again")  # fmt: skip
-    if not same_source:
+                        f"{again}")  # fmt: skip
+    # A folder that somebody else looks after may be read, which is all that is needed.
+    if not same_source and os.access(folder(), os.W_OK):
         _note(folder(), entry, path, found)
     return found
 
@@ -254,7 +286,9 @@ def from_hub(kind: Kind, model: str, tag: str | None) -> Iterator[None]:
         go_offline()  # the library may have been imported before the variable was set
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (DataError, UsageError):
+        raise
+    except Exception as error:  # of the library, of the hub's client and of what it is built on
         entry = entry_for(kind, model, tag)
         hint = elsewhere(entry) if entry else (
             "fetch them on a machine with a network and copy its Hugging Face cache, or give a file"
