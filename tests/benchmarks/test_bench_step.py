@@ -45,3 +45,23 @@ def test_a_released_step_runs_and_its_networks_are_the_only_difference():
         losses.append([float(step()) for _ in range(2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][0] != losses[0][1]
+
+
+def test_the_released_step_in_half_precision_is_the_same_step():
+    torch.manual_seed(0)
+    full = float(bench_step.eager_step(CPU, tiny=True, crop=64)())
+    torch.manual_seed(0)
+    half = float(bench_step.build("eager_autocast", CPU, tiny=True, crop=64).forward())
+    assert half != full and half == pytest.approx(full, rel=0.05)
+
+
+def test_cudnn_times_its_algorithms_for_the_released_step_alone():
+    before, seen = torch.backends.cudnn.benchmark, []
+
+    def step():
+        seen.append(torch.backends.cudnn.benchmark)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        bench_step.with_tuned_cudnn(step)()
+    assert seen == [True] and torch.backends.cudnn.benchmark == before

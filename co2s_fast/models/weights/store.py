@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from co2s_fast.data.files import replacing, write_text
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.weights.files import (
@@ -193,7 +195,9 @@ def check(entry: WeightEntry, path: Path) -> str:
 def _note(where: Path, entry: WeightEntry, path: Path, digest: str) -> None:
     about = {"file": path.name, "sha256": digest, "bytes": path.stat().st_size,
              "source": entry.source}  # fmt: skip
-    write_text(where / LOCK_FILE, json.dumps({**read_lock(where), entry.name: about}, indent=1))
+    where.mkdir(parents=True, exist_ok=True)
+    with FileLock(where / f".{LOCK_FILE}.lock"):  # another process may note another name
+        write_text(where / LOCK_FILE, json.dumps({**read_lock(where), entry.name: about}, indent=1))
 
 
 def read_lock(where: Path | None = None) -> dict[str, Any]:
