@@ -187,7 +187,7 @@ def check(entry: WeightEntry, path: Path) -> str:
         raise DataError(f"weights {entry.name}: {path} has sha256 {found}, {who} is {expected}; "
                         f"{again}")  # fmt: skip
     # A folder that somebody else looks after may be read, which is all that is needed.
-    if not same_source and os.access(folder(), os.W_OK):
+    if not same_source and (not folder().exists() or os.access(folder(), os.W_OK)):
         _note(folder(), entry, path, found)
     return found
 
