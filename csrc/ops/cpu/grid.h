@@ -15,6 +15,9 @@ namespace co2s::CO2S_ISA {
 namespace {
 
 constexpr int64_t kMaxGroupRows = 8;
+// Elements. On equal grids K planes are read side by side, and the CPU's own prefetcher begins anew
+// at every page of each; where pixels take arithmetic, too, it falls behind.
+constexpr int64_t kReadAhead = 512;
 
 template <class T> int64_t padded_width(const PlanView<T>& plan) {
   return (plan.width + plan.footprint + 2 * kRowPadding) / 16 * 16;
@@ -86,6 +89,7 @@ public:
       const int64_t left = plan_.width - x;
       for (int k = 0; k < classes(); ++k) {
         const T* from = base_ + k * class_stride_ + x;
+        if (direct_) __builtin_prefetch(from + kReadAhead);
         z[k] = keep(mask, left >= V::kLanes ? co2s::CO2S_ISA::load(from)
                                             : load_partial(from, left));
       }
