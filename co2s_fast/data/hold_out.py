@@ -26,12 +26,6 @@ class HeldOut:
     notes: list[str] = field(default_factory=list)
 
 
-def groups_of(root: Path, items: Sequence[Item]) -> dict[str, str]:
-    """Group of each image by file name: as `tiles.csv` has it, else guessed from the name."""
-    known = read_groups(root)
-    return {i.image.name: known.get(i.image.name) or group_from_name(i.name) for i in items}
-
-
 def hold_out(root: Path, items: Sequence[Item], spec: DatasetSpec) -> HeldOut:
     """Choose the validation images by the dataset's rule, `spec.val`.
 
@@ -41,7 +35,8 @@ def hold_out(root: Path, items: Sequence[Item], spec: DatasetSpec) -> HeldOut:
     Raises:
         DataError: no labelled group matches the patterns, or there is nothing to divide.
     """
-    groups = groups_of(root, items)
+    known = read_groups(root)
+    groups = {i.image.name: known.get(i.image.name) or group_from_name(i.name) for i in items}
     names = list(dict.fromkeys(groups[i.image.name] for i in items if i.label is not None))
     if isinstance(spec.val, list):
         held = {g for g in names if any(fnmatchcase(g, pattern) for pattern in spec.val)}

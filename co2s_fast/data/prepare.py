@@ -33,7 +33,7 @@ from co2s_fast.data.imagery import BandStatistics
 from co2s_fast.data.pairing import Source, find_sources
 from co2s_fast.data.raw import Piece, RawImage, open_raw
 from co2s_fast.data.splits import summary
-from co2s_fast.data.stamps import checksum, is_unchanged, stamps
+from co2s_fast.data.stamps import Stamp, checksum, is_unchanged, stamps
 from co2s_fast.data.survey import survey
 from co2s_fast.data.tile_writer import Place, TileWriter
 from co2s_fast.data.tiles import TILES
@@ -146,10 +146,7 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
             write_description(temporary, spec, prepared.statistics)
             totals = {"images": prepared.images, "tiles": prepared.tiles,
                       "labeled": prepared.labeled, "pixels": prepared.pixels}
-            sums = {name: [*stamp, checksum(_below(raw, name))]
-                    for name, stamp in tqdm(record["files"].items(), desc="checksums", unit="file",
-                                            disable=not progress, leave=False)}
-            content = {**record, "files": sums, **totals}
+            content = {**record, "files": _with_checksums(record["files"], raw, progress), **totals}
             write_text(temporary / RECORD, json.dumps(content, indent=1))
         except BaseException:
             shutil.rmtree(temporary)
@@ -211,6 +208,14 @@ def _difference(found: dict | None, record: dict, raw: Path) -> str | None:
         (changed[0] in old, changed[0] in new), "was changed")
     more = f", and {len(changed) - 1} more differ" if len(changed) > 1 else ""
     return f"{changed[0]} {how}{more}"
+
+
+def _with_checksums(found: dict[str, Stamp], raw: Path, progress: bool) -> dict[str, Stamp]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sums = pool.map(lambda name: checksum(_below(raw, name)), found)
+        bar = tqdm(zip(found.items(), sums, strict=True), total=len(found), desc="checksums",
+                   unit="file", disable=not progress, leave=False)
+        return {name: [*stamp, each] for (name, stamp), each in bar}
 
 
 def _below(raw: Path, name: str) -> Path:

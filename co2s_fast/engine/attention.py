@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from co2s_fast.data.files import replacing
 from co2s_fast.data.imagery import Imagery
 from co2s_fast.data.validation import val_size
-from co2s_fast.engine.inference import BOTH, wanted_predictions
+from co2s_fast.engine.inference import BOTH, chosen_students
 from co2s_fast.engine.launch import device_of
 from co2s_fast.engine.log import say
 from co2s_fast.engine.outputs import check_writable
@@ -102,10 +102,7 @@ def attend(
         raise DataError(f"{image}: missing file")
     device = device_of(run)
     config, spec, students = load_run(run, checkpoint, device=device)
-    student = BOTH if student == "all" else student
-    (wanted,) = wanted_predictions(students, student if len(students) > 1 or student != BOTH
-                                   else next(iter(students)))  # fmt: skip
-    chosen = students if wanted == BOTH else {wanted: students[wanted]}
+    chosen = chosen_students(students, student)
     check_writable(out.parent)
     if scale is None:
         scale = spec.tile.scale

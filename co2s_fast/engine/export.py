@@ -14,7 +14,7 @@ from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.engine import export_formats as formats
 from co2s_fast.engine.config import RunConfig
 from co2s_fast.engine.export_check import compare, sample_tiles
-from co2s_fast.engine.inference import BOTH, wanted_predictions
+from co2s_fast.engine.inference import BOTH, chosen_students
 from co2s_fast.engine.log import say
 from co2s_fast.engine.runs import checkpoint_step, load_run
 from co2s_fast.errors import DataError, UsageError
@@ -66,7 +66,7 @@ def export_run(
     if format == "onnx":
         formats.require_onnx()
     config, spec, students = load_run(run, checkpoint)
-    students = _chosen(students, student)
+    students = chosen_students(students, student)
     tile = tile or config.eval.crop or spec.crop
     _check_options(students, format, tile)
     target = _target(run, out, format, "-".join(students) if len(students) == 1 else BOTH)
@@ -168,13 +168,6 @@ def _licence(provenance: Mapping[str, Any]) -> str:
     if source == "random":
         return "none: trained from random weights"
     return f"{provenance.get('licence', 'unknown')} (started from {source})"
-
-
-def _chosen(students: dict[str, Student], student: str) -> dict[str, Student]:
-    student = BOTH if student == "all" else student
-    one = student if student != BOTH or len(students) > 1 else next(iter(students))
-    (wanted,) = wanted_predictions(students, one)
-    return students if wanted == BOTH else {wanted: students[wanted]}
 
 
 def _check_options(students: Mapping[str, Student], format: str, tile: int) -> None:

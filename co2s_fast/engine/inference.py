@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,7 @@ from co2s_fast.engine.sliding_window import padding_of, resize_logits, sliding_w
 from co2s_fast.errors import UsageError
 
 BOTH = "both"
+S = TypeVar("S", bound=nn.Module)
 
 
 class EvalConfig(BaseModel):
@@ -133,6 +134,14 @@ def wanted_predictions(students: Mapping[str, nn.Module], student: str) -> list[
         there = ", ".join(names)
         raise UsageError(f"student {student!r}: this run's students are {there}")
     return [student]
+
+
+def chosen_students(students: Mapping[str, S], student: str) -> dict[str, S]:
+    """The students that one prediction takes: of "both" and "all" every one, else the named."""
+    if student in (BOTH, "all"):
+        return dict(students)
+    (name,) = wanted_predictions(students, student)
+    return {name: students[name]}
 
 
 @contextmanager

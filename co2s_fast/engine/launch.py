@@ -16,9 +16,9 @@ from co2s_fast.engine.compat import describe_compat
 from co2s_fast.engine.config import CONFIG_FILE, load_config, read_run_config
 from co2s_fast.engine.evaluation import BOTH, evaluate, wanted_predictions, write_evaluation
 from co2s_fast.engine.log import say
-from co2s_fast.engine.memory import fewer_windows
+from co2s_fast.engine.memory import with_fewer_windows
 from co2s_fast.engine.metrics import format_table
-from co2s_fast.engine.opening import chosen_backend
+from co2s_fast.engine.opening import chosen_backend, chosen_device
 from co2s_fast.engine.outputs import check_writable, parse_shard
 from co2s_fast.engine.runs import checkpoint_folder, checkpoint_step, load_run
 from co2s_fast.errors import UsageError
@@ -143,8 +143,7 @@ def device_of(run: Path) -> torch.device:
     Raises:
         UsageError: not a run folder.
     """
-    wanted = read_run_config(run).train.device
-    return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
+    return chosen_device(read_run_config(run).train)
 
 
 def evaluate_run(
@@ -186,15 +185,10 @@ def evaluate_run(
     images = open_split(data, spec, "evaluate").val
     panels = run / PANELS_FOLDER if student == "all" and split is None else None
     items = val_dataset(images, spec, data)
-    results, failure = None, ""
     with chosen_backend(config.train.backend, device, may_lack=True):
-        while results is None:
-            try:
-                results = evaluate(students, items, spec, settings, device, panels=panels)
-            except torch.OutOfMemoryError as error:
-                failure = str(error)  # not the error itself, which holds on to tensors
-            if results is None:
-                settings = fewer_windows(settings, failure)
+        results, settings = with_fewer_windows(
+            lambda changed: evaluate(students, items, spec, changed, device, panels=panels),
+            settings)  # fmt: skip
     about = checkpoint_step(run, checkpoint)
     if student == "all":
         write_evaluation(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from co2s_fast.engine.trainer import Trainer
 
 GIB = 2**30
+T = TypeVar("T")
 
 
 def peak_gib(device: torch.device) -> float | None:
@@ -44,16 +45,24 @@ def explained(trainer: Trainer) -> Iterator[None]:
         ) from error
 
 
-def fewer_windows(config: EvalConfig, failure: str) -> EvalConfig:
-    """Settings under which half as many windows go through a student at once.
+def with_fewer_windows(work: Callable[[EvalConfig], T], config: EvalConfig) -> tuple[T, EvalConfig]:
+    """Do `work`; where a GPU runs out of memory, again with half as many windows at once.
 
-    Args:
-        config: the settings under which a GPU ran out of memory.
-        failure: what torch said.
+    Returns:
+        What it returned, and the settings under which it did.
 
     Raises:
-        UsageError: it is one window already.
+        UsageError: there is too little for one window.
     """
+    while True:
+        try:
+            return work(config), config
+        except torch.OutOfMemoryError as error:
+            failure = str(error)  # not the error itself, which holds on to tensors
+        config = _halved(config, failure)
+
+
+def _halved(config: EvalConfig, failure: str) -> EvalConfig:
     if config.batch_windows == 1:
         raise UsageError("out of GPU memory with one window at a time "
                          f"({failure.split('. ')[0]}); give --precision bfloat16, or a smaller "

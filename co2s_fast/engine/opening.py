@@ -31,10 +31,9 @@ def open_device(train: TrainConfig) -> tuple[distributed.Ranks, torch.device, to
     Raises:
         UsageError: CUDA was asked for and is not there.
     """
-    cuda = torch.cuda.is_available()
-    if train.device == "cuda" and not cuda:
+    kind = chosen_device(train).type
+    if train.device == "cuda" and kind == "cpu":
         raise UsageError("train.device: cuda was asked for, but torch sees no CUDA GPU")
-    kind = "cuda" if cuda and train.device != "cpu" else "cpu"
     ranks = distributed.start(kind)
     device = torch.device(kind, ranks.local_rank if kind == "cuda" else None)
     if kind == "cuda":
@@ -44,6 +43,11 @@ def open_device(train: TrainConfig) -> tuple[distributed.Ranks, torch.device, to
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     return ranks, device, chosen_precision(train, device)
+
+
+def chosen_device(train: TrainConfig) -> torch.device:
+    """The GPU where there is one, unless `train.device` is "cpu"."""
+    return torch.device("cuda" if torch.cuda.is_available() and train.device != "cpu" else "cpu")
 
 
 def chosen_precision(train: TrainConfig, device: torch.device) -> torch.autocast:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from co2s_fast.data.config import DataConfig
 from co2s_fast.data.validation import val_size
 from co2s_fast.engine.inference import (
     EvalConfig,
+    chosen_students,
     evaluating,
     for_maps,
     fuse,
     image_logits,
-    wanted_predictions,
 )
-from co2s_fast.engine.memory import fewer_windows
+from co2s_fast.engine.memory import with_fewer_windows
 from co2s_fast.engine.outputs import (
     beside,
     check_writable,
@@ -133,9 +133,7 @@ def predict(
     if not 0 < scale < math.inf:
         raise UsageError(f"scale: expected a number above 0, found {scale}")
     config = for_maps(config or EvalConfig(), device)
-    one = "both" if len(students) > 1 else next(iter(students), "")
-    (wanted,) = wanted_predictions(students, one if student in ("all", "both") else student)
-    running = dict(students) if wanted == "both" else {wanted: students[wanted]}
+    running = chosen_students(students, student)
     sources = find_images(images)
     targets_in(Path(out_dir), sources, outputs.kinds)  # names must be unique over all shards
     sources = take_shard(sources, outputs.shard)
@@ -143,7 +141,7 @@ def predict(
     if outputs.polygons:
         check_polygons(sources)
     check_writable(Path(out_dir).parent if names_file(Path(out_dir)) else Path(out_dir))
-    settings = [wanted, scale, blend, config.model_dump(), data and data.scale]
+    settings = [list(running), scale, blend, config.model_dump(), data and data.scale]
     signature = digest(outputs.signature, settings) if outputs.signature else UNSIGNED
     kept = finished(targets, outputs.kinds, signature, overwrite=outputs.overwrite,
                     polygons=outputs.polygons)  # fmt: skip
@@ -160,6 +158,17 @@ def predict(
         bar_format="{l_bar}{bar}| {n:.2f}/{total:.2f} MP [{elapsed}<{remaining}, {rate_noinv_fmt}]"
         "{postfix}",
     )
+
+    def make_map(
+        source: Path, target: Path, megapixels: float, done: float, config: EvalConfig
+    ) -> None:
+        bar.n = done  # a second attempt begins where the first did
+        with open_scene(source, scale, imagery) as scene:
+            maps = maps_of(running, scene, config, spec, data, device, blend, scale)
+            share = megapixels / (scene.height * scene.width)
+            for pixels in _write(scene, maps, target, spec, outputs, signature):
+                bar.update(pixels * share)
+
     with bar, evaluating(running, config, device):
         for target in sorted(kept) if outputs.polygons else ():
             if read_polygons_signature(target) != signature:
@@ -167,19 +176,8 @@ def predict(
                 write_polygons(target, spec.class_names, signature)
         for (source, target), (height, width) in zip(pairs, sizes, strict=True):
             bar.set_postfix_str(source.name, refresh=False)
-            before, failure = bar.n, ""
-            while failure is not None:
-                try:
-                    with open_scene(source, scale, imagery) as scene:
-                        maps = maps_of(running, scene, config, spec, data, device, blend, scale)
-                        share = height * width / (scene.height * scene.width) / 1e6
-                        for pixels in _write(scene, maps, target, spec, outputs, signature):
-                            bar.update(pixels * share)
-                    failure = None
-                except torch.OutOfMemoryError as error:
-                    failure = str(error)  # not the error itself, which holds on to tensors
-                if failure is not None:
-                    bar.n, config = before, fewer_windows(config, failure)
+            make = partial(make_map, source, target, height * width / 1e6, bar.n)
+            _, config = with_fewer_windows(make, config)
             if outputs.polygons:
                 bar.set_postfix_str(f"{source.name}: polygons")
                 write_polygons(target, spec.class_names, signature)

@@ -24,7 +24,7 @@ from co2s_fast.data.files import replacing, write_text
 from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.config import PretrainConfig, RunConfig
 from co2s_fast.engine.log import say
-from co2s_fast.engine.opening import chosen_precision
+from co2s_fast.engine.opening import chosen_device, chosen_precision
 from co2s_fast.engine.outputs import check_writable
 from co2s_fast.engine.start import derived_seed, student_seed
 from co2s_fast.errors import DataError, UsageError
@@ -32,7 +32,6 @@ from co2s_fast.models import Student, build_student
 from co2s_fast.models.loading import checksum
 from co2s_fast.models.weights.files import OWN_BACKBONE, PRETRAINED, save_tensors
 
-RECORD = PRETRAINED
 IGNORE = 255
 
 
@@ -68,13 +67,12 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
     if not split.unlabeled:
         raise DataError(f"{split.folder / 'unlabeled.txt'}: empty, and pretraining learns from "
                         "unlabelled images")
-    files = [out / RECORD, *(out / f"{name}.safetensors" for name in config.students)]
+    files = [out / PRETRAINED, *(out / f"{name}.safetensors" for name in config.students)]
     if any(path.exists() for path in files):
         raise UsageError(f"{out} already holds pretrained weights; remove it, or give another "
                          "folder")
     check_writable(out)
-    device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu"
-                          else "cpu")  # fmt: skip
+    device = chosen_device(config.train)
     autocast = chosen_precision(config.train, device)
     data = config.data.model_copy(
         update={"batch_size": min(config.pretrain.batch_size, len(split.unlabeled)),
@@ -102,7 +100,7 @@ def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Pat
         paths.append(out / f"{name}.safetensors")
         with replacing(paths[-1]) as temporary:
             save_tensors(temporary, state, OWN_BACKBONE)
-    write_text(out / RECORD, json.dumps(record, indent=1))
+    write_text(out / PRETRAINED, json.dumps(record, indent=1))
     return paths
 
 

@@ -77,10 +77,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         and derivative for less time in Python, most of which torch.library's own wrapper of a
         derivative takes. The backward may overwrite the saved tensors among the results.
     """
-    torch.library.register_autograd(
-        f"co2s::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
-    operator = getattr(torch.ops.co2s, name).default
+    operator, transformed = _register_derivative(name, backward, setup_context)
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = operator(*args)
@@ -88,10 +85,8 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         ctx.may_overwrite_saved = True
         return output
 
-    title = "".join(part.capitalize() for part in name.split("_"))
     functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(title, (torch.autograd.Function,), functions)
-    transformed = _transformable(f"{title}Transformed", operator, backward, setup_context)
+    function = type(_title(name), (torch.autograd.Function,), functions)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():  # which traces the operator itself, as torch.export does
@@ -101,18 +96,26 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     return call
 
 
-def _transformable(title: str, operator: Callable, backward: Callable, setup_context: Callable
-                   ) -> type[torch.autograd.Function]:
-    """An operator's derivative in the form that torch.func's grad and vmap take.
+def _register_derivative(name: str, backward: Callable, setup_context: Callable
+                         ) -> tuple[Callable, type[torch.autograd.Function]]:
+    """Register a derivative; the operator, and it in the form that torch.func's grad and vmap take.
 
-    Its forward mode (jvp, jacfwd) raises; the operator itself would drop the tangent.
+    The forward mode of that form (jvp, jacfwd) raises; the operator would drop the tangent.
     """
-    return type(title, (torch.autograd.Function,), {
+    torch.library.register_autograd(
+        f"co2s::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+    operator = getattr(torch.ops.co2s, name).default
+    return operator, type(f"{_title(name)}Transformed", (torch.autograd.Function,), {
         "forward": staticmethod(lambda *args: operator(*args)),
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(backward),
         "generate_vmap_rule": True,
     })
+
+
+def _title(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
 
 
 def once_differentiable(name: str) -> Callable:
@@ -131,12 +134,7 @@ def once_differentiable(name: str) -> Callable:
             "call backward() without create_graph=True, or use co2s_fast.ops.reference"
         )
 
-    torch.library.register_autograd(
-        f"co2s::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
-    operator = getattr(torch.ops.co2s, name).default
-    title = "".join(part.capitalize() for part in name.split("_"))
-    transformed = _transformable(f"{title}Transformed", operator, backward, setup_context)
+    operator, transformed = _register_derivative(name, backward, setup_context)
 
     def call(*args: Any) -> Any:
         if not torch.compiler.is_compiling() and _transforms_are_active():
