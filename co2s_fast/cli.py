@@ -52,6 +52,9 @@ def main() -> None:
               "images are labelled: --set data.split_seed=1.")
 @click.option("--seeds", metavar="0,1,2", help="One run a seed, in --out/seed-0, ..., on the same "
               "labelled images; then their mean and spread.")
+@click.option("--gpu-mem", metavar="SIZE", help="Memory of each GPU, as 24G, or auto: what is "
+              "free. Where a step takes more, parts of it are computed again in the backward pass, "
+              "or the batch goes through in parts. Same as --set train.gpu_memory=24G.")
 @click.option("--deterministic", is_flag=True, help="Bit-equal repetitions on a GPU, too, where "
               "torch can; it warns where not. Same as --set train.deterministic=true.")
 @click.option("--loader", type=click.Choice(["auto", "torch", "dali"]),

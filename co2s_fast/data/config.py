@@ -53,7 +53,7 @@ class DataConfig(BaseModel):
     scale_range: tuple[float, float] | None = None
     rotate90: bool = False
     batch_size: int = Field(default=4, ge=1)
-    workers: int = Field(default=2, ge=0)
+    workers: int = Field(default=2, ge=0, le=256)
     loader: Literal["auto", "torch", "dali"] = "auto"
     dali_placement: Literal["auto", "gpu", "cpu"] = "auto"
     strong_on_device: bool | None = None

@@ -17,6 +17,7 @@ from co2s_fast.data.files import DESCRIPTION
 from co2s_fast.data.imbalance import read_class_weight
 from co2s_fast.engine.compat import compat_settings, nested
 from co2s_fast.engine.evaluation import EvalConfig
+from co2s_fast.engine.footprint import parse_gib
 from co2s_fast.errors import UsageError
 from co2s_fast.methods import METHODS, get_method
 from co2s_fast.models import StudentConfig
@@ -52,6 +53,10 @@ class TrainConfig(_Strict):
         accumulate: pass each step's batch through the students in so many equal parts, one after
             another, and add their gradients up: less memory, as many images and steps. A part has
             loss means and CutMix partners of its own, as a process of several has of its share.
+        gpu_memory: GiB of each GPU that a step must fit into ("24G" is read, too), or "auto": what
+            is free there. What it takes is estimated, and where it is too much, gradient
+            checkpointing is turned on and `accumulate` raised, as far as needed; see
+            `engine.footprint`. None: as configured.
         ema: decay of an exponential moving average of each student's weights (`engine.averages`),
             e.g. 0.99; it is what is evaluated, kept as `best`, predicted with and exported, in
             place of the weights of one step. 0, as the paper has it: none.
@@ -89,6 +94,7 @@ class TrainConfig(_Strict):
     decoder_multiplier: float = Field(default=10.0, ge=0)
     adapter_multiplier: float = Field(default=1.0, ge=0)
     accumulate: int = Field(default=1, ge=1)
+    gpu_memory: float | Literal["auto"] | None = None
     ema: float = Field(default=0.0, ge=0, lt=1)
     power: float = Field(default=0.9, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
@@ -107,6 +113,11 @@ class TrainConfig(_Strict):
     debug_steps: int = Field(default=2, ge=0)
     deterministic: bool = False
     tensorboard: bool = True
+
+    @field_validator("gpu_memory", mode="before")
+    @classmethod
+    def _read_gpu_memory(cls, value: Any) -> float | str | None:
+        return value if value in (None, "auto") else parse_gib(str(value))
 
     @field_validator("class_weight", mode="before")
     @classmethod
@@ -410,7 +421,8 @@ def dump_config(config: RunConfig) -> str:
 # the rounding of sums where images go through in other groups.
 RESUMABLE = {"out", "compat", "data.root", "data.workers", "data.max_damaged", "train.device",
              "train.backend", "train.tensorboard", "train.log_every", "train.save_every",
-             "train.debug_steps", "eval.batch_windows", "eval.panels"}  # fmt: skip
+             "train.debug_steps", "train.gpu_memory", "eval.batch_windows",
+             "eval.panels"}  # fmt: skip
 _CHECKPOINTING = re.compile(r"students\.[^.]+\.(decoder\.)?gradient_checkpointing")
 
 

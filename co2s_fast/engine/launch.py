@@ -126,6 +126,8 @@ def nested_options(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("method") is not None:
         nested["method"] = {"name": options["method"]}
     train: dict[str, Any] = {key: True for key in ("compile", "deterministic") if options.get(key)}
+    if options.get("gpu_mem") is not None:
+        train["gpu_memory"] = options["gpu_mem"]
     if options.get("class_weight") is not None:
         train["class_weight"] = options["class_weight"]
     nested |= {"train": train} if train else {}

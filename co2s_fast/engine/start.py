@@ -36,7 +36,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
     split, spec = trainer.split, trainer.spec
     pixels = dict(zip(spec.class_names, split.pixels.sum(0).tolist(), strict=True))
     never = [name for name, count in pixels.items() if count == 0]
-    warnings = list(trainer.warnings)
+    warnings = [*trainer.warnings, *trainer.memory.warnings]
     if never:
         warnings.append(
             f"no labelled pixel of class {', '.join(never)}: it can only be learnt never to occur"
@@ -66,6 +66,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
             for name, student in trainer.students.items()
         },
         "labeled_pixels": pixels,
+        "memory": trainer.memory.record(),
         "class_weight": weighting(trainer),
         "sampling": sampling(trainer),
         "notes": list(split.notes),
@@ -95,6 +96,8 @@ def headline(trainer: Trainer, record: dict[str, Any]) -> str:
                 f"student {name}: patch projection inflated to {student['channels']} channels: "
                 f"{', '.join(trainer.config.students[name].bands or ('RGB',))}"
             )
+    if trainer.memory.footprint is not None:
+        lines.append(str(trainer.memory))
     if ema := trainer.config.train.ema:
         lines.append(f"evaluated and kept as best: averages of the weights (train.ema {ema:g})")
     total = sum(record["labeled_pixels"].values()) or 1

@@ -24,9 +24,10 @@ from co2s_fast.engine import checkpoint, distributed, memory, start
 from co2s_fast.engine.averages import Averages
 from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.collapse import CollapseWatch
-from co2s_fast.engine.config import CONFIG_FILE, RunConfig, dump_config
+from co2s_fast.engine.config import CONFIG_FILE, RunConfig, dump_config, read_run_config
 from co2s_fast.engine.damage import DamageTally
 from co2s_fast.engine.evaluation import evaluate, pseudo_label_quality
+from co2s_fast.engine.footprint import set_checkpointing, with_settings_of
 from co2s_fast.engine.interrupt import Interrupted, StopSignal, deaf_children
 from co2s_fast.engine.log import RunLog, say
 from co2s_fast.engine.meter import FiniteGuard, Meter, NonFiniteLossError
@@ -107,8 +108,10 @@ class Trainer:
         """Build everything; errors in configuration and data surface here."""
         self._setup_device()
         self._setup_data(resume)
+        if self.config.train.gpu_memory is not None and resume and can_resume(self.folder):
+            self.config = with_settings_of(read_run_config(self.folder), self.config)
         state = state_to_resume(self.config, self.spec, resume=resume, dry_run=dry_run)
-        self._setup_students()
+        self._setup_students(begins=state is None or state["step"] == 0, look=dry_run)
         self._setup_optimizer()
         if not dry_run:
             self._setup_folder()
@@ -158,15 +161,22 @@ class Trainer:
                                           train.class_weight_beta)
         self.collapse = CollapseWatch(names, pixels.sum(0).tolist())
 
-    def _setup_students(self) -> None:
-        config, train = self.config, self.config.train
+    def _setup_students(self, *, begins: bool, look: bool) -> None:
+        config = self.config
         method_class = get_method(config.method.name)
         students = {
             name: build_student(student, self.spec.classes, seed=start.student_seed(config.seed, i))
             for i, (name, student) in enumerate(config.students.items())
         }
-        self.method = method_class(students, config.method, seed=config.seed).to(self.device)
+        self.method = method_class(students, config.method, seed=config.seed)
         self.students = dict(self.method.students.items())
+        self.config, self.memory = memory.plan(
+            self.method, config, config.data.crop or self.spec.crop, self.device,
+            self.ranks.world, may_change=begins, look=look,
+        )  # fmt: skip
+        config, train = self.config, self.config.train
+        set_checkpointing(self.students, config)
+        self.method.to(self.device)
         self.method.take_parts(train.accumulate)
         self.warnings = self.method.check_batch(config.data.batch_size, self.ranks.world)
         check_batches(config.data, self.split, self.method.views, self.ranks.world, self.loader)

@@ -1,7 +1,8 @@
 """Argument checks of the public losses: each error names the argument, the value and the rule.
 
 They read types, shapes, dtypes and devices only, never a tensor's values, so that they cost no
-host synchronisation and torch.compile traces through them. Order: type, shape, dtype, device.
+host synchronisation and torch.compile traces through them (`can_read` tells where values may be
+looked at all the same). Order: type, shape, dtype, device.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 _INTEGERS = (torch.uint8, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -19,6 +21,12 @@ def check_tensor(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def can_read(value: Tensor) -> bool:
+    """Whether a tensor's values can be looked at for nothing: on the CPU, and no tracer's."""
+    traced = torch.compiler.is_compiling() or isinstance(value, FakeTensor)
+    return value.device.type == "cpu" and not traced
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:

@@ -132,6 +132,10 @@ class ClipBackbone(nn.Module):
         maps.append(_to_map(F.normalize(deep, dim=-1), grid))
         return tuple(maps)
 
+    def checkpoint_gradients(self, enabled: bool) -> None:
+        """Compute the blocks again in the backward pass, or keep what they computed."""
+        self.gradient_checkpointing = enabled
+
     def _positions(self, grid: Sequence[int]) -> Tensor:
         """The position table on a grid; kept where it is frozen, since resizing takes long."""
         table = self.visual.positional_embedding

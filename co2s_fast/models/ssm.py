@@ -111,7 +111,7 @@ class TimmBackbone(nn.Module):
         ]
         _prepare_rope(model, rope)
         self._told_the_grid = free_grid(model)
-        model.set_grad_checkpointing(gradient_checkpointing)
+        self.checkpoint_gradients(gradient_checkpointing)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Normalised images [B, N, H, W] to maps [B, C_i, floor(H/p), floor(W/p)]."""
@@ -125,6 +125,10 @@ class TimmBackbone(nn.Module):
             maps = self.stem.skip_maps(stem_maps, self.stem_skips) if self.stem_skips else []
         tokens = self._on_grid(images, grid) if self._told_the_grid else self._tokens(images)
         return (*maps, *(level.transpose(1, 2).unflatten(2, grid) for level in tokens))
+
+    def checkpoint_gradients(self, enabled: bool) -> None:
+        """Compute the blocks again in the backward pass, or keep what they computed."""
+        self.model.set_grad_checkpointing(enabled)
 
     @torch.compiler.disable  # splines of scipy and attributes set on the way: nothing to compile
     def _on_grid(self, images: Tensor, grid: tuple[int, int]) -> list[Tensor]:

@@ -129,6 +129,14 @@ class Student(nn.Module):
         """`decode(features(images))`."""
         return self.decode(self.features(images))
 
+    def checkpoint_gradients(self, backbone: bool, decoder: bool) -> None:
+        """From now on, compute the blocks of either again in the backward pass, or keep them."""
+        self.backbone.checkpoint_gradients(backbone)
+        parts = self.decoder.config.model_copy(update={"gradient_checkpointing": decoder})
+        self.decoder.config = parts
+        changed = {"gradient_checkpointing": backbone, "decoder": parts}
+        self.config = self.config.model_copy(update=changed)
+
     def parameter_groups(
         self,
         lr: float,
