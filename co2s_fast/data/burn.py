@@ -118,7 +118,9 @@ def _shapes(path: Path, layer: Any, spec: DatasetSpec, crs: Any,
     around = bounds if same else transform_bounds(crs, own, *bounds, densify_pts=21)
     labels = _labels(spec)
     # GDAL answers in the order of its index; which polygon lies above another is that of the file.
-    for feature in sorted(layer.filter(bbox=tuple(around)), key=lambda found: int(found.id)):
+    # Across the antimeridian west is larger than east: no rectangle of degrees, so all are read.
+    near = layer.filter(bbox=tuple(around)) if around[0] <= around[2] else layer.filter()
+    for feature in sorted(near, key=lambda found: int(found.id)):
         name = f"{path}: feature {feature.id}"
         geometry = feature.geometry
         if geometry is None or geometry.type not in _KINDS:

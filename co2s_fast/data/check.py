@@ -134,7 +134,7 @@ def check_dataset(root: Path, spec: DatasetSpec | None = None, *, split: Path | 
     folders = {p.parent for p in (root / "splits").glob("*/labeled.txt")}
     splits = [_check_folder(folder, root, batch_size, report)
               for folder in sorted(folders | ({Path(split)} if split else set()))]
-    _count_labeled(report, splits, items, found, spec)
+    _count_classes(report, splits, items, found, spec)
     if level == "deep":
         report.findings += duplicate_findings(items, [seen.print for seen in found], splits)
     if json_path is not None:
@@ -169,6 +169,8 @@ def check_split(split: Split, spec: DatasetSpec, config: DataConfig, *, going_on
         if name == "unlabeled":
             split.unlabeled, warned = _without_bad_truth(items, found)
             report.findings += warned
+        if name == "val":
+            report.findings += _without_classes(found, split.folder, spec)
         if name == "labeled":
             split.pixels = _class_counts(found, spec)
         if name == "unlabeled" or (going_on and name == "labeled"):
@@ -212,8 +214,19 @@ def check_val(split: Split, spec: DatasetSpec, *, progress: bool = True) -> Repo
     """Check the validation images of a split: what evaluating a run needs."""
     report = Report(spec.name, str(split.folder), "quick")
     found = inspect_all(split.val, spec, Look(), title="checking val", progress=progress)
+    report.findings += _without_classes(found, split.folder, spec)
     _add(report, split.val, found, spec)
     return report
+
+
+def _without_classes(found: Sequence[Seen], where: Path | None, spec: DatasetSpec
+                     ) -> list[Finding]:
+    """A problem where validation images have been read and no pixel of them has a class."""
+    if any(seen.findings for seen in found) or not found or _class_counts(found, spec).any():
+        return []
+    text = (f"{where}: no pixel of the {len(found)} validation images has a class, so there is "
+            "nothing to score; label one of them, or choose others")
+    return [Finding("empty-val", text, (str(where),))]
 
 
 def _unreadable(seen: Seen) -> bool:
@@ -260,12 +273,15 @@ def _class_counts(found: Sequence[Seen], spec: DatasetSpec) -> NDArray[np.int64]
     return counts
 
 
-def _count_labeled(report: Report, splits: Sequence[Split], items: Sequence[Item],
+def _count_classes(report: Report, splits: Sequence[Split], items: Sequence[Item],
                    found: Sequence[Seen], spec: DatasetSpec) -> None:
+    """Of each split: what is labelled, and whether there is anything to validate on."""
     by_image = {item.image: seen for item, seen in zip(items, found, strict=True)}
     for split in splits:
         seen = [by_image[item.image] for item in split.labeled if item.image in by_image]
         report.labeled_pixels[split.folder.name] = _named(_value_counts(seen), spec)
+        seen = [by_image[item.image] for item in split.val if item.image in by_image]
+        report.findings += _without_classes(seen, find_val_list(split.folder), spec)
 
 
 def _check_folder(folder: Path, root: Path, batch_size: int, report: Report) -> Split:

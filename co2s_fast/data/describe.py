@@ -247,7 +247,8 @@ def _sizes(sources: Sequence[Source]) -> tuple[int | None, int, str]:
     """Side of tiles (None: images stay whole), side of crops, and the images' sizes in words."""
     sizes = [_size(source.image) for source in _spread(sources)]
     least, most = min(map(min, sizes)), max(map(max, sizes))
-    crop = min(_CROP, max(least // _STEP * _STEP, _STEP))
+    usual = sorted(map(min, sizes))[len(sizes) // 2]  # what is smaller is padded
+    crop = min(_CROP, max(usual // _STEP * _STEP, _STEP))
     words = f"{least} to {most} pixels wide and high"
     return (crop if most > _TILED else None), crop, words
 

@@ -88,7 +88,7 @@ def load_image(path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: missing, damaged or not 8-bit.
     """
-    return np.asarray(load_rgb(path))
+    return np.asarray(load_picture(path)[0])
 
 
 def load_rgb(path: Path) -> Image.Image:
@@ -107,14 +107,21 @@ def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
 
 
 def load_picture(path: Path) -> tuple[Image.Image, NDArray[np.bool_] | None]:
-    """`load_rgb`, and where the picture is fully transparent, bool [H, W]; None: nowhere."""
+    """`load_rgb`, and where the picture is fully transparent, bool [H, W]; None: nowhere.
+
+    It is black there, whatever lies under it, as rasters are where they have no data.
+    """
     image = open_image(path)
     if "transparency" in image.info:  # a colour that stands for no data
         image = image.convert("RGBA")
     if image.mode not in ("RGBA", "LA", "PA"):
         return _as_rgb(image, path), None
     transparent = np.asarray(image.getchannel("A")) == 0
-    return _as_rgb(image, path), transparent if transparent.any() else None
+    picture = _as_rgb(image, path)
+    if not transparent.any():
+        return picture, None
+    picture.paste(0, mask=Image.fromarray(transparent))
+    return picture, transparent
 
 
 def load_label(item: Item, spec: DatasetSpec) -> NDArray[np.uint8]:
@@ -147,6 +154,8 @@ def decode_mask(path: Path, spec: DatasetSpec) -> NDArray[np.uint8]:
     else:
         raw = _one_band(image, path)
         label = decode_values(raw, spec)
+    if image.mode in ("RGBA", "LA"):  # what cannot be seen has no label
+        label[np.asarray(image.getchannel("A")) == 0] = IGNORE
     unknown = label == UNKNOWN
     if unknown.any():
         raise _undeclared(path, raw, unknown, spec)
@@ -163,6 +172,8 @@ def decode_values(raw: NDArray, spec: DatasetSpec) -> NDArray[np.uint8]:
     """Class ids of raw mask values of any number type, UNKNOWN where one is not declared."""
     if raw.dtype.kind == "f":
         raw = np.where(raw == np.floor(raw), raw, -1).clip(-1, _LARGEST_VALUE + 1).astype(np.int64)
+    elif raw.dtype == np.int8:  # holds no 255
+        raw = raw.astype(np.int16)
     table = np.full(min(int(raw.max(initial=IGNORE)), _LARGEST_VALUE) + 2, UNKNOWN, np.uint8)
     last = len(table) - 1  # of all values that have no place in the table
     classes = {value: index for index in range(spec.num_classes)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from co2s_fast.data.archives import is_hidden
 from co2s_fast.data.catalogue import DatasetSpec, FilesSpec, TileSpec
+from co2s_fast.data.tiles import SUFFIXES
 from co2s_fast.errors import DataError, UsageError
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -116,6 +119,23 @@ def find_sources(raw: Path, spec: DatasetSpec, more: Path | None = None,
     found = f"found {', '.join(names[:3])}, ..." if names else "found no files"
     wanted = " or ".join(repr(files.images) for files in spec.layouts)
     raise DataError(f"{raw}: no file matches {wanted}; {found}")
+
+
+def overlooked(sources: Sequence[Source], names: Iterable[str]) -> list[str]:
+    """Files that lie beside images and end as images do, yet match no template.
+
+    Args:
+        sources: what `find_sources` returned.
+        names: all files below the raw folder, relative to it.
+    """
+    folders = {posixpath.dirname(source.name) for source in sources}
+    endings = {*SUFFIXES, *(posixpath.splitext(source.name)[1].lower() for source in sources)}
+    files = sources[0].files
+    patterns = [pattern(template) for template in (files.images, files.labels) if template]
+    return [name for name in names
+            if posixpath.dirname(name) in folders
+            and posixpath.splitext(name)[1].lower() in endings
+            and not any(each.fullmatch(name) for each in patterns)]
 
 
 def _layout(raw: Path, paths: dict[str, Path], files: FilesSpec) -> list[Source]:

@@ -30,7 +30,7 @@ from co2s_fast.data.archives import find_archives, unpacked
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec, TileSpec
 from co2s_fast.data.files import save_label, write_description, write_text
 from co2s_fast.data.imagery import BandStatistics
-from co2s_fast.data.pairing import Source, find_sources
+from co2s_fast.data.pairing import Source, find_sources, list_files, overlooked
 from co2s_fast.data.raw import Piece, RawImage, open_raw
 from co2s_fast.data.splits import summary
 from co2s_fast.data.stamps import Stamp, checksum, is_unchanged, stamps
@@ -134,12 +134,14 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
         try:
             prepared = _write_tiles(sources, temporary, spec, TileWriter(spec, dtype), progress)
             prepared.root = out
+            prepared.notes += _overlooked(sources, raw, more, out.resolve())
             if dtype is not None:
                 from co2s_fast.data.split_maker import training_images
                 from co2s_fast.data.statistics import band_statistics
 
                 write_description(temporary, spec)
-                items, prepared.notes = training_images(temporary, spec)
+                items, notes = training_images(temporary, spec)
+                prepared.notes += notes
                 prepared.statistics = band_statistics(
                     [item.image for item in items], spec, threads=os.cpu_count() or 1,
                     progress=progress)
@@ -153,6 +155,16 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
             raise
     _put(temporary, out)
     return prepared
+
+
+def _overlooked(sources: list[Source], raw: Path, more: Path | None, out: Path) -> list[str]:
+    """A note about images that lie beside those of the dataset and match no template."""
+    roots = [root for root in (raw, more) if root is not None and root.is_dir()]
+    found = overlooked(sources, [name for root in roots for name in list_files(root, out)])
+    if not found:
+        return []
+    return [f"note: {len(found)} image files beside these match no template and are left out, for "
+            f"example {found[0]}"]
 
 
 def _put(made: Path, out: Path) -> None:
@@ -301,7 +313,9 @@ def _write_source(
 ) -> _Written:  # fmt: skip
     """The tiles of one raw image; a file that cannot be used becomes the result's problem."""
     tile = source.files.tile or spec.tile
+    # Lists that name tiles count on the labels of all of them.
     polygons = (source.files.mask or spec.mask).encoding == "polygons"
+    may_lack = polygons or tile.name is None
     found, jobs = _Written(), deque[Future[None]]()
     try:
         with open_raw(source, spec, tile) as image:
@@ -312,8 +326,8 @@ def _write_source(
                 if piece.empty:
                     found.empty += 1
                     continue
-                if polygons and piece.label is not None and (piece.label == IGNORE).all():
-                    piece = Piece(piece.pixels, piece.valid, None)  # nobody has drawn here
+                if may_lack and piece.label is not None and (piece.label == IGNORE).all():
+                    piece = Piece(piece.pixels, piece.valid, None)  # nobody has labelled it
                 name = _tile_name(source, base, tile, place)
                 claims.claim(name, source.image)
                 row = (f"{name}{suffix}", source.group, source.image.name, place.y, place.x)

@@ -60,6 +60,7 @@ class Raster:
         self.dtype = _dtype(path, source, self.bands)
         marks = [source.nodatavals[band - 1] for band in self.bands]
         self._marks = [_representable((mark, spec.raster.nodata), self.dtype) for mark in marks]
+        self.has_one_nodata = all(marks == self._marks[0] for marks in self._marks)
         self.nodata = next((mark.item() for marks in self._marks for mark in marks), None)
         # Writers call a fourth band of 8 bits alpha, whatever it is; one that is chosen is data.
         alpha_is_data = any(band not in colors for band in self.bands)
@@ -112,6 +113,8 @@ class Raster:
                 valid[band] &= values[band] != mark
         if values.dtype.kind == "f":
             valid &= np.isfinite(values)
+        if values.dtype == np.uint8:  # a number of no data is a colour, too: one band's is data
+            valid[:] = valid.any(0)
         return None if valid.all() else valid
 
 

@@ -6,7 +6,7 @@ Pictures are decoded once and held; rasters are read window by window, whatever 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +110,10 @@ class RawPicture(RawImage):
         super().__init__(image.width, image.height, scale)
         if scale != 1:
             size = self.width, self.height
-            image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased when shrinking
-            if transparent is not None:
-                transparent = np.asarray(
-                    Image.fromarray(transparent).resize(size, Image.Resampling.NEAREST))
+            if transparent is None:
+                image = image.resize(size, Image.Resampling.BILINEAR)  # antialiased when shrinking
+            else:
+                image, transparent = _resized_around(image, transparent, size)
         self._array, self._transparent = np.asarray(image), transparent
 
     def _pixels(self, row: int, column: int, height: int, width: int
@@ -163,14 +163,32 @@ class RawRaster(RawImage):
                 return np.stack([resize(plane) for plane in values]), None
             planes = [resize(plane.astype(np.float32)) for plane in values]
             return as_type(np.stack(planes), values.dtype), None
-        weights = [resize(known.astype(np.float32)) for known in valid]
-        sums = [resize(np.where(known, plane, 0).astype(np.float32))
-                for plane, known in zip(values, valid, strict=True)]
+        weights, mean = weighted(values, valid, resize)
         near = (nearest_pixels(rows, self.height, row, height) - top,
                 nearest_pixels(columns, self.width, column, width) - left)
-        known = valid[:, near[0]][:, :, near[1]] & (np.stack(weights) > 0)
-        mean = np.stack(sums) / np.maximum(np.stack(weights), 1e-6)
+        known = valid[:, near[0]][:, :, near[1]] & (weights > 0)
         return as_type(mean, values.dtype), known
+
+
+def weighted(values: NDArray, valid: NDArray[np.bool_], resize: Callable[[NDArray], NDArray]
+             ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Planes resized by what has data: its share of each new pixel, and its mean there."""
+    shares = np.stack([resize(known.astype(np.float32)) for known in valid])
+    sums = np.stack([resize(np.where(known, plane, 0).astype(np.float32))
+                     for plane, known in zip(values, valid, strict=True)])
+    return shares, sums / np.maximum(shares, 1e-6)
+
+
+def _resized_around(image: Image.Image, transparent: NDArray[np.bool_], size: tuple[int, int]
+                    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """A picture and its transparency, which lends no colour to what is seen."""
+    def resize(plane: NDArray) -> NDArray:
+        return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR))
+
+    seen = np.broadcast_to(~transparent, (3, *transparent.shape))
+    shares, mean = weighted(np.asarray(image).transpose(2, 0, 1), seen, resize)
+    hidden = np.asarray(Image.fromarray(transparent).resize(size, Image.Resampling.NEAREST))
+    return as_type(mean, np.dtype(np.uint8)).transpose(1, 2, 0), hidden | (shares[0] == 0)
 
 
 def as_type(values: NDArray[np.float32], dtype: np.dtype) -> NDArray:
@@ -213,6 +231,8 @@ class RasterMask:
 
     def __init__(self, path: Path, source: Any, spec: DatasetSpec, image: RawImage,
                  image_path: Path) -> None:
+        from rasterio.enums import MaskFlags
+
         self.path, self.source, self.spec, self.image = path, source, spec, image
         _check_size(path, (source.height, source.width), image, image_path)
         _check_ground(path, source, image, image_path)
@@ -221,6 +241,8 @@ class RasterMask:
             self._table = _color_table(path, source)
         elif not self._colors and source.count != 1:
             raise DataError(f"{path}: has {source.count} bands, expected one of class numbers")
+        # A mask band or alpha; a nodata value counts where no class has it, see `_decode`.
+        self._masked = any(MaskFlags.per_dataset in flags for flags in source.mask_flag_enums)
         self._undeclared: Counter = Counter()
 
     def part(self, row: int, column: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -233,7 +255,10 @@ class RasterMask:
         bands = [1, 2, 3] if self._colors and self.source.count >= 3 else [1]
         with reading(self.path):
             raw = read_bands(self.source, bands, window)
+            known = self.source.dataset_mask(window=window) if self._masked else None
         label, raw = self._decode(raw)
+        if known is not None:
+            label[known == 0] = IGNORE
         unknown = label == UNKNOWN
         if unknown.any():
             self._undeclared.update(count_values(raw, unknown))

@@ -89,6 +89,8 @@ class TileWriter:
         nodata = raster.nodata
         if nodata is None and pixels.dtype.kind == "f":
             nodata = float("nan")
+        elif valid is not None and not raster.has_one_nodata:
+            nodata = _unused(pixels, valid)
         profile = {"nodata": nodata}
         if raster.crs and not raster.transform.is_identity:
             profile |= {"crs": raster.crs, "transform": placed(image.transform, place.y, place.x)}
@@ -141,6 +143,15 @@ def save_raster(path: Path, pixels: NDArray, valid: NDArray[np.bool_] | None,
             target.update_tags(**tags)
             if valid is not None and nodata is None and not valid.any(0).all():
                 target.write_mask(valid.any(0))
+
+
+def _unused(pixels: NDArray, valid: NDArray[np.bool_]) -> int | float:
+    """A number that no pixel with data has, for rasters whose bands have several of no data."""
+    if pixels.dtype.kind == "f":
+        return float("nan")
+    limits = np.iinfo(pixels.dtype)
+    used = np.unique(pixels[valid])
+    return next(value for value in range(limits.max, limits.min - 1, -1) if value not in used)
 
 
 def _padded(pixels: NDArray, valid: NDArray[np.bool_] | None, height: int, width: int

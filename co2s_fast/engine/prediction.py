@@ -167,7 +167,7 @@ def predict(
             maps = maps_of(running, scene, config, spec, data, device, blend, scale)
             share = megapixels / (scene.height * scene.width)
             for pixels in _write(scene, maps, target, spec, outputs, signature):
-                bar.update(pixels * share)
+                bar.update(min(pixels * share, total - bar.n))  # sums of floats
 
     with bar, evaluating(running, config, device):
         for target in sorted(kept) if outputs.polygons else ():
