@@ -82,7 +82,8 @@ def check_map(
 
 def check_number(name: str, value: object, whole: bool = False) -> None:
     """Raise TypeError unless `value` is an int, or, when not `whole`, a float."""
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+    numbers = (int, torch.SymInt) if whole else (int, float)  # of a size that is traced, a SymInt
+    if isinstance(value, bool) or not isinstance(value, numbers):
         raise TypeError(
             f"{name}: expected {'an int' if whole else 'a number'}, got {type(value).__name__}"
         )

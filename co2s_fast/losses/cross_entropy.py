@@ -142,7 +142,11 @@ def _terms(
     check_number("ignore_index", ignore_index, whole=True)
     if confidence is not None:
         check_map("confidence", confidence, logits, size, "float")
-        confidence = confidence.detach().float()
+        confidence = confidence.detach()
+        # Compared in its own dtype, as `confidence >= threshold` is. A compiled graph would be made
+        # anew for every threshold that the operator gets.
+        if confidence.dtype != torch.float32 or torch.compiler.is_compiling():
+            confidence, threshold = (confidence >= threshold).float(), 0.5
     if ignore_mask is not None:
         check_map("ignore_mask", ignore_mask, logits, size, "integer")
     if class_weight is not None:

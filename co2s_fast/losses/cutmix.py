@@ -62,7 +62,11 @@ class CutMix:
                 f"partner: expected on {self.boxes.device} like the boxes, "
                 f"got {self.partner.device}"
             )
-        object.__setattr__(self, "boxes", self.boxes.to(torch.int32).contiguous())
+        boxes = self.boxes
+        if boxes.dtype == torch.int64:  # what lies beyond int32 is outside any image
+            limits = torch.iinfo(torch.int32)
+            boxes = boxes.clamp(limits.min, limits.max)
+        object.__setattr__(self, "boxes", boxes.to(torch.int32).contiguous())
         object.__setattr__(self, "partner", self.partner.to(torch.int64).contiguous())
         if can_read(self.partner):
             reference.check_partner(self.partner)
@@ -82,7 +86,7 @@ class CutMix:
                 smallest around it).
         """
         check_tensor("masks", masks)
-        if masks.dim() != 3:
+        if masks.dim() != 3 or not all(masks.shape[1:]):
             raise ValueError(f"masks: expected shape [B,H,W], got {list(masks.shape)}")
         inside = masks != 0
         sides = []

@@ -13,7 +13,7 @@ from co2s_fast.losses._checks import (
     check_size,
     check_threshold,
 )
-from co2s_fast.ops.stability_loss import stability_loss as stability_loss_op
+from co2s_fast.ops.stability_loss import stability_loss_pair
 
 
 def stability_loss(
@@ -40,7 +40,7 @@ def stability_loss(
     Args:
         logits_a: [B,K,h,w] float16, bfloat16, float32 or float64 (the last on the CPU).
         logits_b: of the same shape, dtype and device.
-        threshold: τ in [0, 1].
+        threshold: τ in [0, 1]; a compiled graph is made for one value of it.
         size: (H, W) in pixels of the grid on which pixels are compared; None: that of
             `ignore_mask`, or else h × w.
         ignore_mask: [B,H,W] uint8, int32 or int64; a pixel is left out where it is `ignore_index`.
@@ -49,8 +49,8 @@ def stability_loss(
 
     Returns:
         (loss_a, loss_b), scalars, float32 (float64 for float64 logits). The gradient of loss_a
-        flows into `logits_a` only, that of loss_b into `logits_b` only. Where no pixel learns the
-        loss is 0 with gradient 0.
+        flows into `logits_a` only, that of loss_b into `logits_b` only, and each may have its own
+        `backward()`. Where no pixel learns the loss is 0 with gradient 0.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -59,10 +59,9 @@ def stability_loss(
     Source:
         The dual-student stability term of Co2S, with the teacher detached as the paper says.
     """
-    means, _counts = _terms(
+    loss_a, loss_b, _counts = _terms(
         logits_a, logits_b, threshold, size, ignore_mask, ignore_index, align_corners, mean=True
     )
-    loss_a, loss_b = means.unbind(0)
     return loss_a, loss_b
 
 
@@ -96,10 +95,9 @@ def stability_terms(
     Raises:
         TypeError, ValueError: as `stability_loss`.
     """
-    sums, counts = _terms(
+    sum_a, sum_b, counts = _terms(
         logits_a, logits_b, threshold, size, ignore_mask, ignore_index, align_corners, mean=False
     )
-    sum_a, sum_b = sums.unbind(0)
     return sum_a, sum_b, counts[0], counts[1]
 
 
@@ -113,8 +111,8 @@ def _terms(
     align_corners: bool,
     *,
     mean: bool,
-) -> tuple[Tensor, Tensor]:
-    """Checked arguments into the op: sums or means [2], counts [2]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked arguments into the op: sums or means of a and of b, counts [2]."""
     check_logits("logits_a", logits_a)
     check_logits("logits_b", logits_b)
     if logits_a.shape != logits_b.shape:
@@ -135,9 +133,8 @@ def _terms(
     height, width = logits_a.shape[2:] if size is None else size
     # On equal grids a saved gradient is as large as the logits: recomputing it moves fewer bytes.
     recording = torch.is_grad_enabled() and logits_a.shape[2:] != (height, width)
-    sums, counts, *_ = stability_loss_op(
+    return stability_loss_pair(
         logits_a, logits_b, float(threshold), height, width, ignore_mask, ignore_index,
         align_corners, logits_a.requires_grad and recording, logits_b.requires_grad and recording,
         mean,
     )  # fmt: skip
-    return sums, counts

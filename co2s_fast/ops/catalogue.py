@@ -17,14 +17,15 @@ _CROSS_ENTROPY_ARGS = (
     "bool align_corners"
 )
 _STABILITY_ARGS = (
-    "Tensor logits_a, Tensor logits_b, float threshold, int height, int width, "
+    "Tensor logits_a, Tensor logits_b, float threshold, SymInt height, SymInt width, "
     "Tensor? ignore_mask, int ignore_index, bool align_corners"
 )
 
 SCHEMAS: dict[str, str] = {
     # -> confidence float32 [B,H,W] (float64 for float64 logits), label int64 or uint8 [B,H,W]
     "softmax_confidence": (
-        "(Tensor logits, int height, int width, bool align_corners, ScalarType label_dtype=long)"
+        "(Tensor logits, SymInt height, SymInt width, bool align_corners, "
+        "ScalarType label_dtype=long)"
         " -> (Tensor, Tensor)"
     ),
     # -> sum over the pixels taken (or [B,H,W] map), over max(counts[mean_over], 1) unless mean_over

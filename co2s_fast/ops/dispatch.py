@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ _references: dict[str, Callable] = {}
 # Process-wide, not per thread: autograd runs CUDA backwards in threads of its own.
 _forced: str | None = None
 _debug = False
+_loading = threading.Lock()
 _native_library: torch.library.Library | None = None
 
 
@@ -57,8 +59,9 @@ def _load_native() -> str:
     built_for = _build_record().get("operators", catalogue.fingerprint())
     if built_for != catalogue.fingerprint():
         return "the native library was built from other sources of this package: build it again"
-    if _native_library is None:
-        _native_library = catalogue.define("co2s_native")
+    with _loading:  # the cache lets several threads in before the first result
+        if _native_library is None:
+            _native_library = catalogue.define("co2s_native")
     try:
         importlib.import_module("co2s_fast._native")
     except (ImportError, OSError, RuntimeError) as error:

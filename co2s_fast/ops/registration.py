@@ -91,7 +91,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():  # which traces the operator itself, as torch.export does
             return operator(*args)
-        return (transformed if _transforms_are_active() else function).apply(*args)
+        return (transformed if transforms_are_active() else function).apply(*args)
 
     return call
 
@@ -137,7 +137,7 @@ def once_differentiable(name: str) -> Callable:
     operator, transformed = _register_derivative(name, backward, setup_context)
 
     def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling() and _transforms_are_active():
+        if not torch.compiler.is_compiling() and transforms_are_active():
             return transformed.apply(*args)
         return operator(*args)
 
@@ -145,7 +145,7 @@ def once_differentiable(name: str) -> Callable:
 
 
 # Private in PyTorch, whose own autograd.Function asks it.
-_transforms_are_active = getattr(
+transforms_are_active = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: True
 )
 # Private in PyTorch, whose own compiled backward asks it; without it nothing is scaled in place.
@@ -153,7 +153,7 @@ _graph_is_kept = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
 # Private in PyTorch, whose own vmap asks it: a batch of upstream gradients (is_grads_batched).
-_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
+is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
 
 
 def may_scale_saved(ctx: Any, *saved: Tensor) -> bool:
@@ -175,7 +175,7 @@ def scale_saved(saved: Tensor, upstream: Tensor, logits: Tensor) -> Tensor:
     Of the logits' dtype it is multiplied where it is, which spares a tensor of that size: its node
     is released next, unless the engine was asked to keep the graph.
     """
-    if _is_batched(upstream):
+    if is_batched(upstream):
         return torch.mul(saved, upstream).to(logits.dtype)
     if saved.dtype == logits.dtype and not _graph_is_kept():
         return saved.mul_(upstream)

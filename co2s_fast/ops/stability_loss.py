@@ -9,12 +9,14 @@ from torch import Tensor
 
 from co2s_fast.ops import reference
 from co2s_fast.ops.registration import (
+    is_batched,
     may_scale_saved,
     once_differentiable,
     register,
     register_autograd,
     saved_like,
     scale_saved,
+    transforms_are_active,
 )
 
 
@@ -143,6 +145,90 @@ def _backward(ctx: Any, grad_sums: Tensor | None, *_: Any) -> tuple[Tensor | Non
         ignore_index, align_corners, need_a, need_b, saved_a, saved_b,
     )  # fmt: skip
     return grad_a if need_a else None, grad_b if need_b else None, *(None,) * 9
+
+
+class _Side(torch.autograd.Function):
+    """One student's sum or mean as a node of its own, so that each may have its own backward call.
+
+    Where both are in one call, and no gradient was saved, the second node, which the engine reaches
+    first, finds both gradients in one pass and leaves the other one for the first node.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, side: int, sums: Tensor, other: Tensor, saved: Tensor,
+        scale: Tensor, ignore_mask: Tensor | None, options: tuple, nodes: list,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, other, ignore_mask, saved, scale)
+        ctx.side, ctx.options = side, options
+        ctx.may_overwrite_saved, ctx.left = True, None
+        ctx.partner = nodes[0] if nodes else None
+        nodes.append(ctx)
+        return sums[side].clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 8
+        if upstream is None:
+            return None, *rest
+        logits, other, ignore_mask, saved, scale = ctx.saved_tensors
+        side, (left, ctx.left) = ctx.side, (ctx.left, None)
+        if may_scale_saved(ctx, saved):
+            own = upstream * scale[side] if scale.numel() else upstream
+            return scale_saved(saved, own, logits), *rest
+        if left is not None and _is_same(left[0], upstream):
+            return left[1], *rest
+        upstreams = torch.stack((upstream, upstream))
+        if scale.numel():
+            upstreams = upstreams * scale
+        both = (ctx.partner is not None and not torch.is_grad_enabled()
+                and _runs_now(ctx.partner))
+        pair, empty = [other, other], saved.new_empty(0)
+        pair[side] = logits
+        kept = [empty, empty]
+        kept[side] = saved
+        needed = [both, both]
+        needed[side] = True
+        threshold, height, width, ignore_index, align_corners = ctx.options
+        found = _differentiated_once(
+            upstreams, *pair, threshold, height, width, ignore_mask, ignore_index, align_corners,
+            *needed, *kept,
+        )  # fmt: skip
+        if both:
+            ctx.partner.left = (upstream, found[1 - side])
+        return found[side], *rest
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two upstream gradients are known to be equal without asking a GPU."""
+    if one is other:
+        return True
+    plain = type(one) is Tensor and type(other) is Tensor and not is_batched(one)
+    return plain and not is_batched(other) and other.device.type == "cpu" and bool(one == other)
+
+
+# Private in PyTorch, whose own multi-gradient hooks ask it; without it each node works for itself.
+_runs_now = getattr(torch._C, "_will_engine_execute_node", lambda node: False)
+
+
+def stability_loss_pair(
+    logits_a: Tensor, logits_b: Tensor, threshold: float, height: int, width: int,
+    ignore_mask: Tensor | None, ignore_index: int, align_corners: bool, with_grad_a: bool,
+    with_grad_b: bool, mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's values (of a, of b) and counts [2]; backward calls may come one by one."""
+    args = (threshold, height, width, ignore_mask, ignore_index, align_corners, with_grad_a,
+            with_grad_b, mean)  # fmt: skip
+    if torch.compiler.is_compiling() or transforms_are_active():
+        sums, counts, *_ = stability_loss(logits_a, logits_b, *args)
+        return *sums.unbind(0), counts
+    a, b = logits_a.detach(), logits_b.detach()
+    sums, counts, saved_a, saved_b, scale = torch.ops.co2s.stability_loss(a, b, *args)
+    options, nodes = (threshold, height, width, ignore_index, align_corners), []
+    value_a = _Side.apply(logits_a, 0, sums, b, saved_a, scale, ignore_mask, options, nodes)
+    value_b = _Side.apply(logits_b, 1, sums, a, saved_b, scale, ignore_mask, options, nodes)
+    return value_a, value_b, counts
 
 
 register("stability_loss", reference=_reference, fake=_fake, on_interpreter=_save_on_interpreter)

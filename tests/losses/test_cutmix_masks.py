@@ -51,3 +51,16 @@ def test_in_a_compiled_loss():
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     with ops.use_backend("reference"):
         torch.testing.assert_close(compiled(z, masks), loss(z, masks))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 5), (2, 5, 0)], ids=str)
+def test_masks_without_rows_or_columns(shape):
+    with pytest.raises(ValueError, match="masks: expected shape"):
+        CutMix.from_masks(torch.zeros(shape), torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("far", [torch.iinfo(torch.int64).max, 2**40])
+def test_boxes_that_reach_beyond_any_image_are_cut_off(far):
+    boxes = torch.tensor([[1, -far, far, 1], [0, 0, 0, 0]])
+    mixed = CutMix(boxes, torch.tensor([1, 0])).mix_maps(torch.tensor([[[0] * 4], [[1] * 4]]))
+    assert mixed[0].tolist() == [[0, 1, 1, 1]]

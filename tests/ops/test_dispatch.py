@@ -148,3 +148,25 @@ def test_debug_checks_find_bad_classes_on_the_gpu():
     assert masked_cross_entropy(logits, label).item() == 0
     with ops.debug_checks(True), pytest.raises(IndexError, match=r"target: class 3.*\[0, 3\)"):
         masked_cross_entropy(logits, label)
+
+
+def test_threads_may_meet_at_the_first_use():
+    print(python(
+        "import threading, time\n"
+        "from co2s_fast.ops import catalogue, dispatch\n"
+        "define, failed, start = catalogue.define, [], threading.Barrier(4)\n"
+        "def slow(*args):\n"
+        "    time.sleep(0.05)\n"
+        "    return define(*args)\n"
+        "def first():\n"
+        "    start.wait()\n"
+        "    try:\n"
+        "        dispatch.load_native()\n"
+        "    except RuntimeError as error:\n"
+        "        failed.append(error)\n"
+        "catalogue.define = slow\n"
+        "threads = [threading.Thread(target=first) for _ in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "assert not failed, failed[0]\n"
+    ))
