@@ -70,6 +70,14 @@ def test_help_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_rooms_are_there_after_a_plain_import() -> None:
+    code = ("import sys, co2s_fast; assert 'torch' not in sys.modules; "
+            "print(co2s_fast.ops.backend('cpu'), co2s_fast.losses.stability_loss.__name__); "
+            "assert 'losses' in dir(co2s_fast) and not hasattr(co2s_fast, 'nothing')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "stability_loss" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     "command", [(), ("train",), ("eval",), ("predict",), ("report",), ("compare",), ("doctor",),
                 ("data",), ("data", "prepare"), ("data", "split"), ("data", "check"),
@@ -124,6 +132,16 @@ def test_a_whole_run(prepared: Path, tmp_path: Path) -> None:
     failed(call("eval", out, "--split", tmp_path / "south"), 1, "south: missing")
     (north / "val.txt").write_text("")
     failed(call("eval", out, "--split", north), 1, "val.txt: empty")
+    region = tmp_path / "region"
+    shutil.copytree(prepared, region)
+    panels = sorted((path, path.read_bytes()) for path in (out / "panels").iterdir())
+    assert call("eval", out, "--data-root", region).exit_code == 0
+    about = json.loads((out / "eval-region.json").read_text())
+    assert about["root"] == str(region) and about["split"] is None
+    assert (out / "eval.json").read_bytes() == before
+    assert sorted((path, path.read_bytes()) for path in (out / "panels").iterdir()) == panels
+    assert call("eval", out, "--data-root", prepared).exit_code == 0  # its own
+    assert json.loads((out / "eval.json").read_text())["root"] == str(prepared)
     maps = tmp_path / "maps"
     result = call("predict", out, prepared / "images" / "t0.png", "-o", maps, "--confidence",
                   "--precision", "float32")  # fmt: skip

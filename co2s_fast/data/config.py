@@ -24,6 +24,8 @@ class DataConfig(BaseModel):
         rotate90: turn training crops by 0, 90, 180 or 270 degrees, each as likely; with the flip
             that is every orientation of a view from straight above. The paper does not turn them.
         batch_size: labelled images a step, and unlabelled images a step, over all ranks.
+        epoch_shards: a pass over the unlabelled images is as long as so many processes make it,
+            each of which fills its share of them up to the same length; 1: the images, each once.
         workers: a rank's loader processes (torch; 0 loads in the training process) or threads
             (DALI). The batches are the same.
         loader: input pipeline; "auto" is DALI where it is installed and the run is on a GPU, else
@@ -40,7 +42,7 @@ class DataConfig(BaseModel):
             is named in the log and another takes its place (see `damage`).
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     dataset: str = "demo"
     root: Path | None = None
@@ -48,11 +50,12 @@ class DataConfig(BaseModel):
     ratio: str | None = None
     labels: int | None = Field(default=None, ge=1)
     split_seed: int = Field(default=0, ge=0)
-    crop: int | None = Field(default=None, ge=16)
+    crop: int | None = Field(default=None, ge=16, le=16384)
     scale: Literal["native"] | tuple[int, int] | None = None
     scale_range: tuple[float, float] | None = None
     rotate90: bool = False
     batch_size: int = Field(default=4, ge=1)
+    epoch_shards: int = Field(default=1, ge=1)
     workers: int = Field(default=2, ge=0, le=256)
     loader: Literal["auto", "torch", "dali"] = "auto"
     dali_placement: Literal["auto", "gpu", "cpu"] = "auto"
@@ -69,6 +72,20 @@ class DataConfig(BaseModel):
         if ratio is not None:
             parse_ratio(ratio)
         return ratio
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_is_a_size(cls, scale: str | tuple[int, int] | None) -> str | tuple[int, int] | None:
+        if isinstance(scale, tuple) and min(scale) < 1:
+            raise ValueError(f"expected native, or two sides of at least 1, found {list(scale)}")
+        return scale
+
+    @field_validator("scale_range")
+    @classmethod
+    def _range_rises(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds is not None and not 0 < bounds[0] <= bounds[1]:
+            raise ValueError(f"expected 0 < low <= high, found {list(bounds)}")
+        return bounds
 
     @model_validator(mode="after")
     def _one_way_to_split(self) -> DataConfig:

@@ -15,7 +15,7 @@ from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.config import DataConfig
 from co2s_fast.data.plan import PARTNER, VIEWS, Plan
 from co2s_fast.data.splits import Split
-from co2s_fast.errors import UsageError
+from co2s_fast.errors import DataError, UsageError
 
 INSTALL_DALI = "pip install 'co2s-fast[dali]'"
 
@@ -113,8 +113,8 @@ def build_loader(
             views are made on the device, are there already.
 
     Raises:
-        UsageError: unknown views, a batch that ranks cannot share, no unlabelled image to view, a
-            pipeline that cannot run here.
+        UsageError: unknown views, a batch that ranks cannot share, a pipeline that cannot run here.
+        DataError: fewer unlabelled images than a batch has.
     """
     choice = choose_loader(config, device, spec)
     check_batches(config, split, views, world, choice)
@@ -127,15 +127,16 @@ def build_loader(
 
 def check_batches(config: DataConfig, split: Split, views: Collection[str], world: int,
                   choice: LoaderChoice) -> None:
-    """Raise the UsageError that `build_loader` would, before anything is read."""
+    """Raise the UsageError or DataError that `build_loader` would, before anything is read."""
     unknown = set(views) - {*VIEWS, PARTNER}
     if unknown or "x" not in views:
         raise UsageError(f"views {sorted(views)}: expected 'x' and any of 'w', 's1', 's2'")
     if config.batch_size % world:
         raise UsageError(f"batch_size {config.batch_size} is not divisible by {world} ranks")
     if set(views) - {"x"} and len(split.unlabeled) < config.batch_size:
-        raise UsageError(f"{len(split.unlabeled)} unlabelled images, fewer than the batch size "
-                         f"{config.batch_size}; the method needs unlabelled images")
+        where = "the split" if split.folder is None else split.folder / "unlabeled.txt"
+        raise DataError(f"{where}: {len(split.unlabeled)} unlabelled images, fewer than the batch "
+                        f"size {config.batch_size}; the method needs unlabelled images")
     if choice.loader == "dali" and PARTNER in views:
         raise UsageError("data.loader: dali cannot make a second augmentation of an image "
                          "(method.cutmix_partner 'same-image'); use torch")

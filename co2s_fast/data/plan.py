@@ -41,7 +41,12 @@ def steps_per_epoch(config: DataConfig, split: Split) -> int:
 
     Without unlabelled images: of one pass over the labelled list.
     """
-    return max(len(split.unlabeled or split.labeled) // config.batch_size, 1)
+    return max(_filled(len(split.unlabeled or split.labeled), config) // config.batch_size, 1)
+
+
+def _filled(count: int, config: DataConfig) -> int:
+    """Images of a pass with those that fill the shares up; see `DataConfig.epoch_shards`."""
+    return -(-count // config.epoch_shards) * config.epoch_shards
 
 
 class Order:
@@ -49,7 +54,8 @@ class Order:
 
     Args:
         count: images in the list.
-        used: images of a pass that are used; the rest of that pass is dropped.
+        used: images of a pass that are used; the rest of that pass is dropped, and of more than
+            there are, the first ones come again.
         seed: of the run.
         stream: LABELED or UNLABELED.
     """
@@ -65,7 +71,7 @@ class Order:
             entropy = np.random.SeedSequence((self.seed, number, self.stream, 0xE90C4))
             order = np.random.Generator(np.random.Philox(entropy)).permutation(self.count)
             self._latest = number, order
-        return int(order[offset])
+        return int(order[offset % self.count])
 
 
 class Plan:
@@ -96,7 +102,7 @@ class Plan:
             self.sampler = ClassSampler(pixels, config.sampling_temperature, seed)
         self._labeled = Order(len(split.labeled), len(split.labeled), seed, LABELED)
         count = len(split.unlabeled)
-        self._unlabeled = Order(count, count // size * size, seed, UNLABELED)
+        self._unlabeled = Order(count, _filled(count, config) // size * size, seed, UNLABELED)
         self._warned = False  # of a mask that only measures pseudo-labels
 
     @property

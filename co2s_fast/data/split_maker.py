@@ -84,6 +84,7 @@ def split_dataset(root: Path, spec: DatasetSpec | None = None, *, ratio: str | N
     notes += _missing_classes(shares[order], spec)
     chosen = {candidates[i].image for i in order}
     folder = root / SPLITS / split_name(config)
+    _write_list(folder / "val.txt", val, root)
     _write_list(folder / "unlabeled.txt", [t for t in train if t.image not in chosen], root)
     # Last: where it is, the split counts as made.
     _write_list(folder / "labeled.txt", [candidates[i] for i in order], root)

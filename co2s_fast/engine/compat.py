@@ -7,10 +7,10 @@ both. Each is an override: above the recipe, below `--set`. What is not set, and
 
 - D2, D15, D16, D17: see their reasons in `DEVIATIONS`.
 - D5, D10, D11, D13: no setting; this package does as the release does.
-- Rates, loss weights, threshold and length of a run are the recipes' (`own` and the benchmarks'
-  have the released ones). The released loop gives NaN where a labelled batch is ignored altogether;
-  here such a mean is 0. Its labelled images are repeated in another order, from no fixed seed, and
-  its text vectors went through float16.
+- Rates, threshold and epochs are the recipes' (`own` and the benchmarks' have the released ones).
+  The released loop gives NaN where a labelled batch is ignored altogether; here such a mean is 0.
+  Its labelled images are repeated in another order, from no fixed seed, and its text vectors went
+  through float16.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ DEVIATIONS = (
                      "has every evaluation"),
     Deviation("means", "each of four GPUs divides by its own pixels, then their mean is taken",
               TRAIN, of_method(mean_shards=RELEASED_GPUS)),
+    Deviation("passes", "each of four GPUs fills its share of a pass up with images of it", TRAIN,
+              lambda config: {"data.epoch_shards": RELEASED_GPUS}),
     Deviation("precision", "training in float32", TRAIN,
               lambda config: {"train.precision": "float32"}),
     Deviation("averages", "the weights of a step are evaluated, and label the unlabelled pixels",

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
-from co2s_fast.data import open_split, val_dataset
+from co2s_fast.data import DataConfig, open_split, val_dataset
+from co2s_fast.data.catalogue import DatasetSpec
+from co2s_fast.data.splits import candidate_roots, find_root
 from co2s_fast.engine.checkpoint import STATE_FILE
 from co2s_fast.engine.compat import describe_compat
 from co2s_fast.engine.config import CONFIG_FILE, load_config, read_run_config
 from co2s_fast.engine.evaluation import BOTH, evaluate, wanted_predictions, write_evaluation
+from co2s_fast.engine.folder import holds_run
 from co2s_fast.engine.log import say
 from co2s_fast.engine.memory import with_fewer_windows
 from co2s_fast.engine.metrics import format_table
@@ -60,10 +63,11 @@ def train_from_options(
     first = int(os.environ.get("RANK", "0")) == 0  # set by torchrun
     if config.compat is not None and first:
         say("\n".join(describe_compat(config, config.compat)))
-    if resume and not (config.folder / CONFIG_FILE).is_file():
+    there = holds_run(config.folder)
+    if resume and not there:
         raise UsageError(f"--resume: {config.folder} holds no run (no {CONFIG_FILE})")
     if resume_if_exists:
-        resume = (config.folder / CONFIG_FILE).is_file()
+        resume = there
     folder = train(config, resume=resume, dry_run=dry_run)
     return folder if first and not dry_run else None
 
@@ -164,8 +168,8 @@ def evaluate_run(
     With a `compat` profile, its settings take the place of the run's, students' included. Without
     `student`, the run's `eval.student` is scored.
 
-    Scoring everything ("all") also writes RUN/eval.json and the pictures of the report; of another
-    folder NAME, RUN/eval-NAME.json.
+    Scoring everything ("all") also writes RUN/eval.json and the pictures of the report; on another
+    split or data folder NAME, RUN/eval-NAME.json and no pictures. The file says what was scored.
 
     Returns:
         A table of per-class and mean scores.
@@ -182,10 +186,13 @@ def evaluate_run(
     if split is not None:
         data = data.model_copy(update={"split": split, "ratio": None, "labels": None})
         report = run / f"eval-{split.resolve().name}.json"
+    elif other := other_root(config.data, data, spec):
+        report = run / f"eval-{other.name}.json"
     if student == "all":
         check_writable(run)
     images = open_split(data, spec, "evaluate").val
-    panels = run / PANELS_FOLDER if student == "all" and split is None else None
+    own = report.name == EVALUATION_FILE
+    panels = run / PANELS_FOLDER if student == "all" and own else None
     items = val_dataset(images, spec, data)
     with chosen_backend(config.train.backend, device, may_lack=True):
         results, settings = with_fewer_windows(
@@ -196,10 +203,18 @@ def evaluate_run(
         write_evaluation(
             report, results, spec, settings, checkpoint=checkpoint, step=about["step"],
             epoch=about["epoch"], images=len(images), compat=config.compat,
+            root=str(find_root(data, spec)), split=None if split is None else str(split),
         )  # fmt: skip
     head = f"{run}, {checkpoint} checkpoint (step {about['step']}), {len(images)} images"
     lines = [head, *(describe_compat(config, compat) if compat else [])]
     return "\n".join([*lines, format_table(results)])
+
+
+def other_root(own: DataConfig, asked: DataConfig, spec: DatasetSpec) -> Path | None:
+    """The folder that is asked for where it is not the run's own, which may have moved."""
+    roots = [root for root in candidate_roots(own, spec) if (root / "images").is_dir()]
+    found = find_root(asked, spec).resolve()
+    return found if roots and found != roots[0].resolve() else None
 
 
 def predict_run(

@@ -16,8 +16,11 @@ from PIL import Image
 
 from co2s_fast.data import DataConfig, load_dataset, open_split, prepare_dataset, read_split
 from co2s_fast.data.catalogue import DatasetSpec
-from co2s_fast.data.files import load_label
+from co2s_fast.data.files import Item, load_label
+from co2s_fast.data.plan import steps_per_epoch
+from co2s_fast.data.splits import Split
 from co2s_fast.data.tiles import list_images
+from co2s_fast.engine.config import load_config
 
 FOLDERS = {"whdld": "whdld", "loveda": "loveda", "potsdam": "potsdam", "gid15": "gid",
            "mer": "mer", "msl": "msl"}  # fmt: skip
@@ -30,6 +33,25 @@ def lists(shared_dir: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"the authors' lists are not at {folder}")
     return folder
+
+
+RELEASED_STEPS = {
+    "whdld": {"1_24": 533, "1_16": 521, "1_8": 486, "1_4": 417},
+    "loveda": {"1_40": 920, "1_16": 884, "1_8": 825, "1_4": 708},
+    "potsdam": {"1_32": 1193, "1_16": 1155, "1_8": 1078, "1_4": 924},
+    "gid15": {"1_8": 599, "1_4": 513},
+    "mer": {"1_8": 187, "1_4": 160},
+    "msl": {"1_8": 688, "1_4": 589},
+}
+
+
+@pytest.mark.parametrize("name", RELEASED_STEPS)
+def test_a_pass_has_as_many_steps_as_in_the_release(lists, name):
+    config = load_config(name, compat="official-train").data
+    for ratio, steps in RELEASED_STEPS[name].items():
+        lines = (lists / FOLDERS[name] / ratio / "unlabeled.txt").read_text().splitlines()
+        images = [Item(line, Path(line), None) for line in lines if line.strip()]
+        assert steps_per_epoch(config, Split([], images, [])) == steps, ratio
 
 
 def names_in(folder: Path) -> list[str]:
@@ -116,7 +138,7 @@ def test_the_authors_lists_fit_the_prepared_tree(name, lists, tmp_path, monkeypa
     ratios = sorted(p.parent for p in folder.rglob("labeled.txt"))
     train = set()
     for ratio in ratios:
-        split = read_split(root, ratio, spec)  # every file named in a list is there
+        split = read_split(root, ratio)  # every file named in a list is there
         assert len(split.val) == spec.info.val
         train |= {item.name for item in (*split.labeled, *split.unlabeled)}
         wanted = spec.info.labeled.get(ratio.name.replace("_", "/"))

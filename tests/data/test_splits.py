@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from toy_data import two_classes, write_raw
 
@@ -19,8 +20,9 @@ from co2s_fast.data import (
 )
 from co2s_fast.data.config import parse_ratio
 from co2s_fast.data.files import write_description
+from co2s_fast.data.imagery import BandStatistics
 from co2s_fast.data.split_maker import labeled_order
-from co2s_fast.data.splits import describe_root, find_root, read_list
+from co2s_fast.data.splits import describe_root, find_root, open_dataset, read_list
 from co2s_fast.data.tiles import group_from_name
 from co2s_fast.errors import DataError, UsageError
 
@@ -101,6 +103,9 @@ def test_ratios_and_the_files_written(demo_root, demo_spec, tmp_path, ratio, cou
     shutil.copytree(demo_root, root)
     created = split_dataset(root, demo_spec, ratio=ratio, progress=False)
     assert (created.labeled, created.unlabeled, created.val) == (count, 48 - count, 16)
+    assert sorted(path.name for path in created.folder.iterdir()) == [
+        "labeled.txt", "unlabeled.txt", "val.txt"]  # fmt: skip
+    assert (created.folder / "val.txt").read_text() == (root / "splits/val.txt").read_text()
     text = (created.folder / "labeled.txt").read_text().splitlines()
     image, label = text[0].split(" ")
     assert image.startswith("images/scene") and label == image.replace("images", "labels")
@@ -166,6 +171,13 @@ def test_a_share_of_the_groups_validates(tmp_path):
     assert len(val) == 2 and len(split.val) == 8 and not val & train
 
 
+def test_the_share_of_groups_is_rounded(tmp_path):
+    raw = write_raw(tmp_path / "raw", [f"a/{p}" for p in range(9)], size=(32, 32))
+    spec = two_classes(val=0.2, tile={})
+    prepare_dataset(spec, raw, tmp_path / "toy", progress=False)
+    assert split_dataset(tmp_path / "toy", labels=2, progress=False).val == 2  # of 1.8
+
+
 def test_patterns_that_match_nothing(tree):
     root, spec = tree
     text = (root / "dataset.yaml").read_text()
@@ -181,8 +193,10 @@ def test_lists_in_the_authors_format(tree):
     split = opened(root, spec, split=folder)
     assert names(split.labeled) == ["a_1", "b_1"]
     assert [i.label is not None for i in split.unlabeled] == [True, False, False]
-    (folder / "val.txt").rename(folder.parent / "val.txt")
-    assert names(opened(root, spec, split=folder).val) == ["a_3"]
+    for place in (folder.parent, root):
+        (folder / "val.txt").rename(place / "val.txt")
+        assert names(opened(root, spec, split=folder).val) == ["a_3"]
+        (place / "val.txt").rename(folder / "val.txt")
 
 
 @pytest.mark.parametrize(("labeled", "unlabeled", "val", "expected"), [
@@ -194,6 +208,7 @@ def test_lists_in_the_authors_format(tree):
     (line("a_1"), "../raw/a/images/1.png\n", None, "outside the data root"),
     (line("a_1"), line("a_1"), None, "1 images are in both labeled.txt and unlabeled.txt"),
     (line("a_1"), "", line("a_1"), "1 images are in both labeled.txt and val.txt"),
+    (line("a_1"), line("a_2"), line("a_2"), "1 images are in both unlabeled.txt and val.txt"),
     (line("a_1") * 2, "", None, "1 images are listed twice"),
     ("a b c\n", "", None, "3 fields, expected an image and a label"),
 ])
@@ -231,6 +246,19 @@ def test_nothing_or_too_much_said_about_labels(tree):
         DataConfig(ratio="1/4", labels=3)
     with pytest.raises(DataError, match=r"split folder .*nowhere: missing"):
         opened(root, spec, split=root / "nowhere")
+
+
+def test_what_a_description_does_not_say_is_taken_from_the_folder(tmp_path):
+    path, root = tmp_path / "mine.yaml", tmp_path / "toy"
+    (root / "images").mkdir(parents=True)
+    statistics = BandStatistics(dtype="uint16", low=[0, 0], high=[9, 9], mean=[0, 0], std=[1, 1])
+    write_description(root, two_classes(bands=[4, 3], display=[4, 3, 3]), statistics)
+    config = DataConfig(dataset=str(path), root=root, labels=1)
+    for display, expected in ((None, (4, 3, 3)), ((3, 4, 4), (3, 4, 4))):
+        own = two_classes(bands=[4, 3], **({} if display is None else {"display": display}))
+        path.write_text(yaml.safe_dump(own.model_dump(mode="json", exclude_defaults=True)))
+        found = open_dataset(config)
+        assert found.display == expected and found.statistics == statistics
 
 
 def test_missing_data_says_what_to_fetch_and_run(tmp_path, monkeypatch):

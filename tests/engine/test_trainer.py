@@ -306,7 +306,7 @@ def test_a_dry_run_finds_what_the_run_would(run_content, stripes, tmp_path) -> N
     content = run_content()
     content["data"] |= {"split": str(alone)}
     for dry_run in (True, False):
-        with pytest.raises(UsageError, match="0 unlabelled images, fewer than the batch size 4"):
+        with pytest.raises(DataError, match=r"unlabeled\.txt: 0 unlabelled images, fewer than "):
             start(content, dry_run=dry_run)
     assert not (tmp_path / "run").exists()  # so the corrected command finds no run in its way
 
