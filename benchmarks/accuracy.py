@@ -10,21 +10,26 @@ see the same labelled images and train for the same number of steps. Finished ru
 interrupted ones resumed, so the command can be stopped and given again.
 
 While a run trains, pseudo-labels are measured on `train.probe_images` of the unlabelled images
-(`pseudo`); once it is finished, on all of them (`pseudo_all`).
+(`pseudo`); once it is finished, on all of them (`pseudo_all`). Accuracy and coverage are those at
+the method's threshold; `surest` is the accuracy of the 40 % of the pixels that a student is surest
+of, for methods whose students are not equally sure.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +39,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import results, tables  # noqa: E402 - needs the path above
 
 METHODS = ("onlysup", "co2s")
+SUREST = 0.4  # share of the pixels
 HEADER = ("commit", "dirty", "date", "versions", "device", "device_type", "cpu", "threads", "cores")
 
 
@@ -47,6 +53,7 @@ class Plan:
     seed: int
     options: tuple[str, ...] = ()
     one_split: bool = False
+    until: int | None = None
 
     @property
     def name(self) -> str:
@@ -66,10 +73,23 @@ def run_command(command: list[str]) -> int:
     return subprocess.run(command, cwd=ROOT).returncode
 
 
+def run_until(command: list[str], folder: Path, step: int) -> int:
+    """As `run_command`, but the run is stopped (SIGTERM) once it was evaluated at a step."""
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        while process.poll() is None:
+            time.sleep(1)
+            log = folder / "metrics.jsonl"
+            if log.is_file() and any(e["step"] >= step for e in evaluations_in(log)):
+                process.terminate()
+                process.wait()
+                return 0
+    return process.returncode
+
+
 def train(plan: Plan, work: Path) -> Path:
     """Train unless that has been done, and return the run folder."""
     folder, marker = work / plan.name, work / f"{plan.name}.finished.json"
-    arguments = plan.arguments()
+    arguments = plan.arguments() + ([] if plan.until is None else ["--until", str(plan.until)])
     if marker.is_file():
         kept = json.loads(marker.read_text())
         before = kept["arguments"] if isinstance(kept, dict) else kept  # of earlier versions
@@ -81,8 +101,10 @@ def train(plan: Plan, work: Path) -> Path:
         click.echo(f"{plan.name}: finished before", err=True)
         return folder
     click.echo(f"{plan.name}: training", err=True)
-    command = [sys.executable, "-m", "co2s_fast", "train", *arguments]
-    code = run_command([*command, "--out", str(folder), "--resume-if-exists"])
+    command = [sys.executable, "-m", "co2s_fast", "train", *plan.arguments(), "--out", str(folder),
+               "--resume-if-exists"]  # fmt: skip
+    code = (run_command(command) if plan.until is None
+            else run_until(command, folder, plan.until))
     if code:
         raise click.ClickException(f"{plan.name}: training ended with exit code {code}")
     results.save(marker, {"arguments": arguments, **results.commit()})
@@ -92,14 +114,16 @@ def train(plan: Plan, work: Path) -> Path:
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """The evaluations of a run in the order of their steps; a resumed run's repeats count once."""
     path = folder / "metrics.jsonl"
-    by_step: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        if record.get("kind") == "eval":
-            by_step[record["step"]] = record
+    by_step = {record["step"]: record for record in evaluations_in(path)}
     if not by_step:
         raise click.ClickException(f"{path}: holds no evaluation")
     return [by_step[step] for step in sorted(by_step)]
+
+
+def evaluations_in(log: Path) -> list[dict[str, Any]]:
+    """Records of evaluations; a line that is being written is no record yet."""
+    lines = log.read_text().split("\n")[:-1]
+    return [record for line in lines if (record := json.loads(line)).get("kind") == "eval"]
 
 
 def all_pseudo_labels(folder: Path) -> dict[str, dict[str, Any]]:
@@ -122,13 +146,26 @@ def all_pseudo_labels(folder: Path) -> dict[str, dict[str, Any]]:
         students, unlabeled, spec, config.eval, device,
         threshold=getattr(config.method, "threshold", 0.95),
     )  # fmt: skip
+    found = {name: quality(each) for name, each in found.items()}
     results.save(kept, found)
     return found
 
 
+def quality(found: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy and coverage of pseudo-labels, and `surest`: the accuracy of the `SUREST` pixels."""
+    kept = {key: value for key, value in found.items() if key != "thresholds"}
+    if "thresholds" not in found:  # of an earlier version
+        return kept
+    points = sorted((coverage, coverage * (accuracy or 0.0))
+                    for _, accuracy, coverage in found["thresholds"])  # fmt: skip
+    covered, right = zip((0.0, 0.0), *points, strict=True)
+    return {**kept, "surest": float(np.interp(SUREST, covered, right)) / SUREST}
+
+
 def collect(plan: Plan, folder: Path) -> dict[str, Any]:
     """Final and best mIoU of each student and of both, and the curves, of one run."""
-    evaluations = read_evaluations(folder)
+    last = plan.until or math.inf
+    evaluations = [e for e in read_evaluations(folder) if e["step"] <= last]
     students = list(evaluations[-1]["students"])
     curves = {s: [e["students"][s]["miou"] for e in evaluations] for s in students}
     for student, curve in curves.items():
@@ -136,9 +173,10 @@ def collect(plan: Plan, folder: Path) -> dict[str, Any]:
             raise click.ClickException(f"{folder}: {student} has an evaluation without any mIoU")
     measured = {s for e in evaluations for s in e.get("pseudo", {})}
     pseudo = {
-        s: [{"step": e["step"], **e["pseudo"][s]} for e in evaluations if s in e.get("pseudo", {})]
+        s: [{"step": e["step"], **quality(e["pseudo"][s])}
+            for e in evaluations if s in e.get("pseudo", {})]
         for s in sorted(measured)
-    }
+    }  # fmt: skip
     keep = ("labels", "method", "seed")
     return {
         **{key: value for key, value in asdict(plan).items() if key in keep},
@@ -147,7 +185,7 @@ def collect(plan: Plan, folder: Path) -> dict[str, Any]:
         "final": {s: curve[-1] for s, curve in curves.items()},
         "best": {s: max(curve) for s, curve in curves.items()},
         "pseudo": pseudo,
-        "pseudo_all": all_pseudo_labels(folder),
+        "pseudo_all": {} if plan.until else all_pseudo_labels(folder),
         **trained_by(folder),
     }
 
@@ -166,10 +204,10 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def means(found: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Mean accuracy and coverage over the runs that have them."""
+    """Mean accuracies and coverage over the runs that have them."""
     entry = {}
-    for key in ("accuracy", "coverage"):
-        values = [each[key] for each in found if each[key] is not None]
+    for key in ("accuracy", "coverage", *(["surest"] if "surest" in found[0] else [])):
+        values = [each[key] for each in found if each.get(key) is not None]
         entry[key] = statistics.fmean(values) if values else None
     return entry
 
@@ -211,6 +249,7 @@ def content_of(name: str, plans: list[Plan], runs: list[dict[str, Any]]) -> dict
         "dataset": name,
         "options": list(plans[0].options),
         "one_split": plans[0].one_split,
+        **({} if plans[0].until is None else {"until": plans[0].until}),
         "students": list(runs[0]["final"]),
         "runs": runs,
         "summary": summarise(runs),
@@ -229,13 +268,16 @@ def content_of(name: str, plans: list[Plan], runs: list[dict[str, Any]]) -> dict
 @click.option("--recipe", help="A recipe of the package or a YAML file.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As in train.")
 @click.option("--one-split", is_flag=True, help="Every seed gets the same labelled images.")
+@click.option("--until", type=click.IntRange(1), metavar="STEP",
+              help="Stop every run after its evaluation at this step.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/accuracy"),
               show_default=True, help="Where the runs go.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Default: results/accuracy_NAME.json.")
 def main(
     dataset: str, data_root: Path | None, name: str | None, labels: tuple[int, ...],
     methods: tuple[str, ...], seeds: int, first_seed: int, recipe: str | None,
-    overrides: tuple[str, ...], one_split: bool, work: Path, out: Path | None,
+    overrides: tuple[str, ...], one_split: bool, until: int | None, work: Path,
+    out: Path | None,
 ) -> None:  # fmt: skip
     options: list[str] = []
     if data_root is not None:
@@ -245,7 +287,7 @@ def main(
     for override in overrides:
         options += ["--set", override]
     plans = [
-        Plan(dataset, count, method, seed, tuple(options), one_split)
+        Plan(dataset, count, method, seed, tuple(options), one_split, until)
         for count in labels
         for seed in range(first_seed, first_seed + seeds)
         for method in methods

@@ -34,6 +34,8 @@ from co2s_fast.errors import DataError
 from co2s_fast.losses import confusion_matrix, softmax_confidence
 
 FORMAT = 1
+# At which pseudo-labels are measured beside the run's own.
+THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
 def evaluate(
@@ -121,7 +123,7 @@ def pseudo_label_quality(
     progress: bool = True,
     rank: int = 0,
     world: int = 1,
-) -> dict[str, dict[str, float | int | None]]:
+) -> dict[str, dict[str, Any]]:
     """How good the pseudo-labels of unlabelled images are, where those images do have labels.
 
     accuracy = #{c >= τ and pseudo-label = label} / #{c >= τ}; coverage = #{c >= τ} / #pixels, over
@@ -140,14 +142,18 @@ def pseudo_label_quality(
         world: number of processes.
 
     Returns:
-        name -> {"accuracy", "coverage", "pixels"}; accuracy is None where no pixel is confident;
-        empty if no image has a label.
+        name -> {"accuracy", "coverage", "pixels", "thresholds"}; accuracy is None where no pixel is
+        confident; empty if no image has a label. "thresholds" are the same two at the levels of
+        `THRESHOLDS`, as [τ, accuracy, coverage] each: runs whose students are not equally sure
+        compare at equal coverage only.
 
     Source: Co2S Eq. 12.
     """
     device = torch.device(device)
     crop = config.crop or getattr(spec, "crop", None)
-    counts = {n: torch.zeros(3, dtype=torch.int64, device=device) for n in students}
+    levels = torch.tensor([threshold, *THRESHOLDS], device=device)
+    counts = {n: torch.zeros(2, len(levels), dtype=torch.int64, device=device) for n in students}
+    pixels = torch.zeros((), dtype=torch.int64, device=device)
     if limit is not None and _length(items) is not None and _length(items) > limit:
         items = [items[round(i * (len(items) - 1) / max(limit - 1, 1))] for i in range(limit)]
     loaded = _loaded(items, spec, rank, world, need_label=False)
@@ -159,22 +165,29 @@ def pseudo_label_quality(
             images = torch.stack([each.image for each in group]).to(device)
             labels = torch.stack([each.label for each in group]).to(device)
             size = tuple(labels.shape[-2:])
+            valid = labels != IGNORE
+            pixels += valid.sum()
             for name, student in students.items():
                 logits = image_logits(student, images, config, crop).coarse(*size)
                 confidence, predicted = softmax_confidence(logits, size)
-                valid = labels != IGNORE
-                taken = valid & (confidence >= threshold)
-                right = taken & (predicted == labels)
-                counts[name] += torch.stack([right.sum(), taken.sum(), valid.sum()])
+                for column, level in enumerate(levels):
+                    taken = valid & (confidence >= level)
+                    right = taken & (predicted == labels)
+                    counts[name][:, column] += torch.stack([right.sum(), taken.sum()])
     if world > 1:
-        for count in counts.values():
+        for count in (pixels, *counts.values()):
             dist.all_reduce(count)
-    return {n: _quality(*count.tolist()) for n, count in counts.items() if int(count[2])}
+    valid_pixels = int(pixels)
+    return {n: _quality(*count.tolist(), valid_pixels) for n, count in counts.items()
+            if valid_pixels}  # fmt: skip
 
 
-def _quality(right: int, taken: int, valid: int) -> dict[str, float | int | None]:
-    accuracy = right / taken if taken else None
-    return {"accuracy": accuracy, "coverage": taken / valid, "pixels": valid}
+def _quality(right: list[int], taken: list[int], valid: int) -> dict[str, Any]:
+    """Accuracy and coverage at the first level, and a list of them at the others."""
+    accuracy, *others = (r / t if t else None for r, t in zip(right, taken, strict=True))
+    coverage, *covered = (t / valid for t in taken)
+    return {"accuracy": accuracy, "coverage": coverage, "pixels": valid,
+            "thresholds": [list(each) for each in zip(THRESHOLDS, others, covered, strict=True)]}
 
 
 def write_evaluation(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from co2s_fast.report.plots import Line, color_of, curve, series
-from co2s_fast.report.run import Run
+from co2s_fast.report.run import SHORT_NAMES, Run
 
 Paths = Mapping[str, tuple[str, ...]]
 Figure = tuple[str, str]
@@ -32,13 +32,25 @@ def figures(run: Run, names: list[str]) -> list[dict[str, Any]]:
     pseudo = pseudo_label_figures(run, students)
     groups = [
         ("Validation and pseudo-labels", pseudo_text(run) if pseudo else "",
-         validation_figures(run, names) + pseudo),
-        ("Loss terms", "", loss_figures(run, students)),
-        ("Schedule and throughput", "", throughput_figures(run, students)),
+         validation_figures(run, names) + pseudo, threshold_table(run, students)),
+        ("Loss terms", "", loss_figures(run, students), None),
+        ("Schedule and throughput", "", throughput_figures(run, students), None),
     ]  # fmt: skip
-    return [
-        {"title": title, "text": text, "figures": found} for title, text, found in groups if found
-    ]
+    return [{"title": title, "text": text, "figures": found, "table": table}
+            for title, text, found, table in groups if found]  # fmt: skip
+
+
+def threshold_table(run: Run, students: list[str]) -> dict[str, Any] | None:
+    """Accuracy and coverage of the last evaluation's pseudo-labels at each threshold."""
+    pseudo = run.evals[-1].get("pseudo", {}) if run.evals else {}
+    names = [name for name in students if pseudo.get(name, {}).get("thresholds")]
+    if not names:
+        return None
+    columns = [pseudo[name]["thresholds"] for name in names]
+    rows = [{"threshold": entries[0][0], "values": [v for entry in entries for v in entry[1:]]}
+            for entries in zip(*columns, strict=True)]
+    return {"names": [SHORT_NAMES.get(name, name) for name in names], "rows": rows,
+            "step": run.evals[-1]["step"], "own": run.setting("method.threshold")}
 
 
 def validation_figures(run: Run, names: list[str]) -> list[Figure]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,38 @@ def test_options_of_results_serve_both_methods(name, method) -> None:
         values[option] += (value,)
     config = load_config(*values["--recipe"], values["--set"], {"method": {"name": method}})
     assert config.method.name == method and config.train.steps > 0
+
+
+def test_a_run_may_be_stopped_at_an_evaluation(tmp_path) -> None:
+    """By SIGTERM, on which a run saves itself."""
+    folder = tmp_path / "run"
+    code = ("import json, sys, time\n"
+            f"log = open({str(folder / 'metrics.jsonl')!r}, 'w')\n"
+            "for step in range(1000):\n"
+            "    log.write(json.dumps({'kind': 'eval', 'step': step}) + '\\n'); log.flush()\n"
+            "    time.sleep(0.1)\n")  # fmt: skip
+    folder.mkdir()
+    assert accuracy.run_until([sys.executable, "-c", code], folder, 5) == 0
+    steps = [record["step"] for record in accuracy.evaluations_in(folder / "metrics.jsonl")]
+    assert 5 <= steps[-1] < 100
+    assert accuracy.run_until([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 5) == 3
+
+
+def test_stopped_runs_say_so(run, tmp_path, training, monkeypatch, accuracy_schema) -> None:
+    monkeypatch.setattr(accuracy, "run_until", lambda command, folder, step: training(command))
+    assert run("--until", "10").exit_code == 0
+    content = json.loads((tmp_path / "accuracy_demo.json").read_text())
+    Draft202012Validator(accuracy_schema).validate(content)
+    assert content["until"] == 10 and content["runs"][0]["steps"] == [10]
+    assert content["runs"][0]["pseudo_all"] == {}
+    assert "--until" not in training.calls[0]
+    assert run().exit_code != 0  # other options
+
+
+def test_the_surest_pixels() -> None:
+    found = {"accuracy": 0.9, "coverage": 0.5, "pixels": 10,
+             "thresholds": [[0.0, 0.7, 1.0], [0.9, 0.9, 0.5], [0.95, 1.0, 0.3], [0.99, None, 0.0]]}
+    kept = accuracy.quality(found)
+    assert "thresholds" not in kept
+    assert kept["surest"] == pytest.approx((0.3 + 0.1 * (0.45 - 0.3) / 0.2) / 0.4)
+    assert accuracy.quality({"accuracy": 0.9}) == {"accuracy": 0.9}
