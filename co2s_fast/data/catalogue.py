@@ -37,7 +37,7 @@ Color = tuple[Byte, Byte, Byte]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ClassSpec(_Strict):

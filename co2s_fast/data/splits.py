@@ -75,7 +75,7 @@ def open_split(config: DataConfig, spec: DatasetSpec, use: Use = "train") -> Spl
         notes += split_dataset(root, spec, ratio=config.ratio, labels=config.labels,
                                seed=config.split_seed).notes
     split = (read_val(root, folder) if use == "evaluate"
-             else read_split(root, folder, spec, check_files=use == "train"))
+             else read_split(root, folder, check_files=use == "train"))
     split.notes = [*notes, *split.notes]
     if use != "evaluate":
         _check_sizes(split, config, folder)
@@ -199,7 +199,7 @@ def describe_root(root: Path) -> DatasetSpec:
                     f"not named after a dataset ({', '.join(dataset_names())})")
 
 
-def read_split(root: Path, folder: Path, spec: DatasetSpec, *, check_files: bool = True) -> Split:
+def read_split(root: Path, folder: Path, *, check_files: bool = True) -> Split:
     """Read `labeled.txt`, `unlabeled.txt` and `val.txt` and check every file they name.
 
     An unlabelled line may name the image only; a label it names may be absent. Without

@@ -12,7 +12,8 @@ import errno
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from co2s_fast.errors import DataError
+from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.weights.files import save_tensors
 
 STATE_FILE = "state.json"
@@ -141,6 +142,20 @@ def read_arrays(folder: Path, state: Mapping[str, Any], stem: str) -> dict[str, 
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"checkpoint file {path} cannot be read: {error}") from None
+
+
+@contextmanager
+def unpacking(folder: Path) -> Iterator[None]:
+    """Within the block, what is not as `save_checkpoint` was given it is a DataError."""
+    try:
+        yield
+    except (DataError, UsageError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise DataError(
+            f"checkpoint {folder} is damaged: {type(error).__name__}: {text}"
+        ) from error
 
 
 def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:

@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal, Union
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import nn
 
 from co2s_fast.data import DataConfig, dataset_names
 from co2s_fast.data.files import DESCRIPTION
 from co2s_fast.data.imbalance import read_class_weight
+from co2s_fast.engine.averages import average_stem
 from co2s_fast.engine.compat import compat_settings, nested
-from co2s_fast.engine.evaluation import EvalConfig
+from co2s_fast.engine.evaluation import BOTH, EvalConfig
 from co2s_fast.engine.footprint import parse_gib
 from co2s_fast.errors import UsageError
 from co2s_fast.methods import METHODS, get_method
@@ -32,12 +34,15 @@ AnyMethodConfig = Annotated[
 ]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+_STUDENT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_TAKEN = {BOTH, "all", "optimizer", "rng", "split", "method"}  # predictions, files of a checkpoint
 _EXAMPLES = {"data": "data.labels=20", "method": "method.name=onlysup",
              "train": "train.steps=500", "students": "students.ssm.model=..."}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class TrainConfig(_Strict):
@@ -84,11 +89,11 @@ class TrainConfig(_Strict):
         tensorboard: write event files beside metrics.jsonl.
     """
 
-    epochs: float | None = Field(default=None, gt=0)
-    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0, le=1_000_000)
+    steps: int | None = Field(default=None, ge=1, le=1_000_000_000)
     lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     backbone_multiplier: float = Field(default=0.01, ge=0)
     decoder_multiplier: float = Field(default=10.0, ge=0)
@@ -162,7 +167,7 @@ class RunConfig(_Strict):
     train: TrainConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)  # torch takes signed 64-bit numbers
     out: Path | None = None
     compat: Literal["official", "official-infer", "official-train"] | None = None
 
@@ -172,6 +177,17 @@ class RunConfig(_Strict):
         """`--set students.ssm=null` takes a student out of a recipe."""
         if isinstance(students, Mapping):
             return {name: config for name, config in students.items() if config is not None}
+        return students
+
+    @field_validator("students")
+    @classmethod
+    def _names_can_be(cls, students: dict[str, StudentConfig]) -> dict[str, StudentConfig]:
+        """A student's name is a key of the log, a file of a checkpoint and part of a module."""
+        for name in students:
+            if not _STUDENT_NAME.fullmatch(name):
+                raise ValueError(f"a student's name is of letters, digits, - and _, found {name!r}")
+            if name in _TAKEN or name.endswith(average_stem("")) or hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"{name!r} cannot be a student's name: it means something else")
         return students
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from co2s_fast.engine.config import (
     parse_config,
     with_compat,
 )
+from co2s_fast.engine.folder import holds_run
 from co2s_fast.engine.optimizer import build_optimizer
 from co2s_fast.engine.runs import (
     SPEC_FILE,
@@ -68,7 +69,7 @@ def import_checkpoints(
     """
     if not 1 <= len(paths) <= 2:
         raise UsageError(f"import-checkpoint: expected one or two files, found {len(paths)}")
-    if (out / CONFIG_FILE).exists():
+    if holds_run(out):
         raise UsageError(f"{out} already holds a run; give another folder")
     spec = load_dataset(dataset)
     if spec.channels != 3:

@@ -35,7 +35,7 @@ class EvalConfig(BaseModel):
         panels: number of validation images to draw.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     mode: Literal["auto", "whole", "sliding"] = "auto"
     crop: int | None = Field(default=None, ge=1)

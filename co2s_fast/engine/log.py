@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from co2s_fast.errors import DataError
 
+METRICS_FILE = "metrics.jsonl"
 CURVES = {"train", "eval"}
 """Kinds of records whose numbers are curves; the others tell what happened once."""
 
@@ -39,6 +40,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number}: expected a record, found {record!r:.40}")
+        if type(step := record.get("step", 0)) is not int:  # a bool is an int, too
+            raise DataError(f"{path}, line {number}: step: expected a whole number, found "
+                            f"{step!r:.40}")
+        students = record.get("students", {})
+        if not isinstance(students, dict) or not all(
+            isinstance(values, dict) for values in students.values()
+        ):
+            raise DataError(f"{path}, line {number}: students: expected values by student, found "
+                            f"{students!r:.40}")
         records.append(record)
     return records
 
@@ -54,7 +64,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, resume_step: int | None, *, tensorboard: bool = True) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_FILE
         if resume_step is None:
             self.path.write_text("")
         elif self.path.is_file():

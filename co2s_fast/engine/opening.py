@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,17 +13,21 @@ import torch
 
 from co2s_fast import ops
 from co2s_fast.data.catalogue import DatasetSpec
+from co2s_fast.data.splits import Split, find_val_list
 from co2s_fast.engine import checkpoint, distributed
 from co2s_fast.engine.config import (
-    CONFIG_FILE,
     RunConfig,
     TrainConfig,
     differences,
     read_run_config,
 )
+from co2s_fast.engine.folder import holds_run
 from co2s_fast.engine.log import say
 from co2s_fast.engine.runs import check_classes, checkpoint_folder
-from co2s_fast.errors import UsageError
+from co2s_fast.errors import DataError, UsageError
+
+RESUMED = {"best", "window", "collapse", "optimizer", "rng"}
+"""Keys of the state of a checkpoint that steps have been made before, beside those of each."""
 
 
 def open_device(train: TrainConfig) -> tuple[distributed.Ranks, torch.device, torch.autocast]:
@@ -97,8 +102,9 @@ def state_to_resume(config: RunConfig, spec: DatasetSpec, *, resume: bool,
         UsageError: the folder holds a run that is not to be resumed, or another one.
         DataError: the checkpoint is damaged or of other classes.
     """
+    there = holds_run(config.folder)
     if not resume:
-        if (config.folder / CONFIG_FILE).exists() and not dry_run:
+        if there and not dry_run:
             raise UsageError(f"{config.folder} already holds a run; give --resume to continue it, "
                              "or another --out")
         return None
@@ -107,7 +113,68 @@ def state_to_resume(config: RunConfig, spec: DatasetSpec, *, resume: bool,
     last = checkpoint_folder(config.folder, "last")
     state = checkpoint.read_state(last)
     check_classes(state, spec, last)
+    check_progress(state, last)
     changed = differences(read_run_config(config.folder), config)
     if changed and state["step"] > 0:  # of an imported checkpoint, nothing has been computed yet
         raise UsageError(f"--resume: cannot continue {config.folder}: {'; '.join(changed)}")
     return state
+
+
+def check_progress(state: dict[str, Any], folder: Path) -> None:
+    """A checkpoint must say how far it has come, and have all that the next step needs.
+
+    Raises:
+        DataError: it does not.
+    """
+    step = state["step"]
+    if type(step) is not int or step < 0:  # a bool is an int, too
+        raise DataError(f"checkpoint {folder} is damaged: step: expected a whole number of at "
+                        f"least 0, found {step!r:.40}")
+    if step > 0 and (lacking := RESUMED - state.keys()):
+        raise DataError(f"checkpoint {folder} is damaged: without {', '.join(sorted(lacking))}")
+
+
+def list_digests(split: Split, root: Path) -> dict[str, dict[str, Any]]:
+    """Length and SHA-256 of each list of a split: of its images' names below `root`, in order.
+
+    Whether an image has a label is left out: a file that breaks while a run goes on is no other
+    list.
+    """
+    digests = {}
+    for name in ("labeled", "unlabeled", "val"):
+        names = [item.image.relative_to(root).as_posix() for item in getattr(split, name)]
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        digests[name] = {"images": len(names), "sha256": digest}
+    return digests
+
+
+def check_lists(state: dict[str, Any], now: dict[str, dict[str, Any]], split: Path | None,
+                folder: Path) -> None:
+    """A run goes on with the lists that it was begun with.
+
+    Args:
+        state: of the checkpoint to go on from.
+        now: the lists' `list_digests` as they are now.
+        split: the split folder.
+        folder: of the checkpoint.
+
+    Raises:
+        DataError: a list is another one.
+    """
+    then = state.get("lists")
+    if then is None:  # of a version that wrote no digests: what is known is how many were counted
+        counted = len(checkpoint.read_arrays(folder, state, "split")["pixels"])
+        if counted == now["labeled"]["images"]:
+            return
+        then = {**now, "labeled": {"images": counted}}
+    for name, found in now.items():
+        if then[name] == found:
+            continue
+        where = split or Path()
+        path = find_val_list(where) if name == "val" else where / f"{name}.txt"
+        count, others = found["images"], ""
+        if then[name]["images"] == count:
+            others = ", but others or in another order"
+        raise DataError(f"{path}: not the list that checkpoint {folder} was trained with: "
+                        f"{then[name]['images']} images then, {count} now{others}; restore it, or "
+                        "begin another run (--out)")

@@ -31,9 +31,4 @@ def poly_factor(step: int, total_steps: int, power: float = 0.9, warmup_steps: i
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set each group's rate to `factor` times the `initial_lr` it was built with."""
     for group in optimizer.param_groups:
-        lr = group["initial_lr"] * factor
-        # A captured or compiled optimizer keeps its rate in a tensor, which must stay the same one.
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        group["lr"] = group["initial_lr"] * factor

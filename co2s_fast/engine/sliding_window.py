@@ -268,7 +268,7 @@ def _window_logits(
             images = pixels.shape[0]
             if len(waiting) * images >= batch_windows or window is windows[-1]:
                 stacked = torch.cat([pixels for _, pixels in waiting])
-                parts = stacked.split(max(batch_windows, 1))
+                parts = stacked.split(batch_windows)
                 logits = torch.cat([upsample(network(p), height, width, patch) for p in parts])
                 yield from zip((w for w, _ in waiting), logits.split(images), strict=True)
                 waiting = []

@@ -19,6 +19,7 @@ from co2s_fast.data.damage import Damaged
 from co2s_fast.data.files import write_text
 from co2s_fast.data.imbalance import class_weights, labeled_pixels
 from co2s_fast.data.loader import build_loader, check_batches, choose_loader
+from co2s_fast.data.splits import find_root
 from co2s_fast.data.validation import val_dataset
 from co2s_fast.engine import checkpoint, distributed, memory, start
 from co2s_fast.engine.averages import Averages
@@ -27,13 +28,16 @@ from co2s_fast.engine.collapse import CollapseWatch
 from co2s_fast.engine.config import CONFIG_FILE, RunConfig, dump_config, read_run_config
 from co2s_fast.engine.damage import DamageTally
 from co2s_fast.engine.evaluation import evaluate, pseudo_label_quality
+from co2s_fast.engine.folder import check_run_folder, holds_run, locked
 from co2s_fast.engine.footprint import set_checkpointing, with_settings_of
 from co2s_fast.engine.interrupt import Interrupted, StopSignal, deaf_children
 from co2s_fast.engine.log import RunLog, say
 from co2s_fast.engine.meter import FiniteGuard, Meter, NonFiniteLossError
 from co2s_fast.engine.opening import (
     can_resume,
+    check_lists,
     chosen_backend,
+    list_digests,
     open_device,
     state_to_resume,
 )
@@ -101,22 +105,27 @@ class Trainer:
         self.damage = DamageTally(config.data.max_damaged)
         self.stop = StopSignal()
         self.log: RunLog | None = None
+        self.locks_folder = False
         self.resources = ExitStack()
         self.progress = progress
 
     def set_up(self, *, resume: bool, dry_run: bool = False) -> None:
         """Build everything; errors in configuration and data surface here."""
+        check_run_folder(self.folder)
         self._setup_device()
+        if not dry_run and self.folder.is_dir():
+            self._lock_folder()
         self._setup_data(resume)
         if self.config.train.gpu_memory is not None and resume and can_resume(self.folder):
             self.config = with_settings_of(read_run_config(self.folder), self.config)
         state = state_to_resume(self.config, self.spec, resume=resume, dry_run=dry_run)
         self._setup_students(begins=state is None or state["step"] == 0, look=dry_run)
         self._setup_optimizer()
+        if state is not None:
+            with checkpoint.unpacking(checkpoint_folder(self.folder, "last")):
+                self._restore(state)
         if not dry_run:
             self._setup_folder()
-        if state is not None:
-            self._restore(state)
         self.method.weigh_classes(self.class_weight)
         if self.ranks.is_main:
             record = self._announce()
@@ -146,6 +155,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(data, self.split)
         self.total_steps = train.steps or max(round(train.epochs * self.steps_per_epoch), 1)
         self.eval_every = train.eval_every or self.steps_per_epoch
+        self.lists = list_digests(self.split, find_root(data, self.spec))
         self.val = val_dataset(self.split.val, self.spec, data)
         known = [item for item in self.split.unlabeled if item.label is not None]
         self.probe_damage: list[Damaged] = []
@@ -200,12 +210,21 @@ class Trainer:
     def _setup_optimizer(self) -> None:
         self.optimizer = build_optimizer(self.students, self.config.train)
 
+    def _lock_folder(self) -> None:
+        if self.ranks.is_main:
+            self.resources.enter_context(locked(self.folder))
+            self.locks_folder = True
+
     def _setup_folder(self) -> None:
         distributed.wait_for_all()  # every rank has looked for a former run by now
         if not self.ranks.is_main:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.locks_folder:
+                self._lock_folder()
+                if holds_run(self.folder):  # begun since this process looked for one
+                    raise UsageError(f"another process has begun a run in {self.folder}")
             write_text(self.folder / CONFIG_FILE, dump_config(self.config))
             write_text(self.folder / SPEC_FILE, dump_spec(self.spec))
         except OSError as error:
@@ -239,6 +258,10 @@ class Trainer:
             self.averages.restore(folder, state)
         if state["step"] == 0:  # imported: everything else starts here, by this configuration
             return
+        check_lists(state, self.lists, self.split.folder, folder)
+        if state["step"] > self.total_steps:
+            raise DataError(f"checkpoint {folder} is damaged: step {state['step']:,} of a run of "
+                            f"{self.total_steps:,}")
         if own := self.method.own_state():
             saved = checkpoint.read_arrays(folder, state, "method")
             for name, tensor in own.items():
@@ -246,7 +269,8 @@ class Trainer:
         tensors = checkpoint.read_arrays(folder, state, "optimizer")
         checkpoint.unpack_optimizer(self.optimizer, tensors, state["optimizer"])
         checkpoint.unpack_rng(checkpoint.read_arrays(folder, state, "rng"), state["rng"])
-        self.step, self.best = state["step"], state["best"]
+        self.step = state["step"]
+        self.best = self._best_of(state["best"])
         self.damage.restore(state.get("damaged", {}))
         # As counted when the run began: a label that has broken since must change nothing.
         self.split.pixels = checkpoint.read_arrays(folder, state, "split")["pixels"].numpy()
@@ -255,6 +279,20 @@ class Trainer:
         # The saved sums are over all ranks: one of them takes them up again.
         sums = state["window"]["sums"] if self.ranks.is_main else {}
         self.meter.restore(state["window"]["steps"], sums)
+
+    def _best_of(self, best: dict[str, Any]) -> dict[str, Any]:
+        """Score and step of the best checkpoint, as `last` knows them; none where it is lost."""
+        none = {"score": None, "step": None}
+        if best["score"] is None:
+            return none
+        folder = checkpoint_folder(self.folder, "best")
+        # Rank 0 decides, so that all write or none: whoever writes waits for the others.
+        there = distributed.gather_objects((folder / checkpoint.STATE_FILE).is_file())[0]
+        if not there and self.ranks.is_main:
+            more = ("the next evaluation writes one" if self.step < self.total_steps else
+                    "give --checkpoint last to eval, predict and export")
+            say(f"warning: {folder} has lost the checkpoint of step {best['step']}; {more}")
+        return {"score": float(best["score"]), "step": best["step"]} if there else none
 
     def run(self) -> None:
         """Make every step that is left."""
@@ -402,6 +440,7 @@ class Trainer:
         self._write("last", arrays, {"optimizer": structure, "rng": random_rest,
                                      "best": self.best, "window": window,
                                      "damaged": self.damage.known,
+                                     "lists": self.lists,
                                      "collapse": self.collapse.state()})  # fmt: skip
 
     def _write(self, which: str, arrays: dict[str, dict[str, torch.Tensor]], state: dict) -> None:

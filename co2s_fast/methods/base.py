@@ -30,7 +30,7 @@ class MethodConfig(BaseModel):
             their own counts.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str
     supervised_weight: float = Field(default=0.5, ge=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from co2s_fast.methods.base import Method, MethodConfig
@@ -16,7 +17,7 @@ class OnlySupConfig(MethodConfig):
     """Options of onlysup. Adam's updates do not change when the weight does."""
 
     name: Literal["onlysup"] = "onlysup"
-    supervised_weight: float = 1.0
+    supervised_weight: float = Field(default=1.0, gt=0)
 
 
 class OnlySup(Method):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from co2s_fast.models.presets import PRESETS
 
+Width = Annotated[int, Field(ge=1)]
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class TextConfig(_Strict):
@@ -72,16 +74,16 @@ class DecoderConfig(_Strict):
 
     channels: int = Field(128, ge=8)
     text_channels: int = Field(128, ge=8)
-    skip_channels: tuple[int, ...] = (32, 16)
-    up_channels: tuple[int, ...] = (64, 32)
+    skip_channels: tuple[Width, ...] = (32, 16)
+    up_channels: tuple[Width, ...] = (64, 32)
     layers: int = Field(2, ge=0)
     heads: int = Field(4, ge=1)
     mlp_ratio: float = Field(2.0, gt=0)
-    pool: tuple[int, int] = (4, 4)
+    pool: tuple[Width, Width] = (4, 4)
     kernel: int = Field(7, ge=1)
-    rates: tuple[int, ...] = (1, 6, 12, 18)
+    rates: tuple[Width, ...] = Field((1, 6, 12, 18), min_length=1)
     group_channels: int = Field(16, ge=1)
-    resize_to: tuple[int, int] | None = None
+    resize_to: tuple[Width, Width] | None = None
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")

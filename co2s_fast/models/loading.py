@@ -97,8 +97,9 @@ def load_clip(
             return open_clip.create_model(model, pretrained=found, require_pretrained=True).eval()
     try:
         clip = open_clip.CLIP(**description)
-    except TypeError as error:
-        raise UsageError(f"model {model!r}: open_clip refuses its description: {error}") from error
+    except (ArithmeticError, AssertionError, TypeError) as error:
+        reason = error if str(error) else type(error).__name__
+        raise UsageError(f"model {model!r}: open_clip refuses its description: {reason}") from error
     if found is not None:
         _load_clip_file(clip, found)
     return clip.eval()
@@ -199,8 +200,9 @@ def build_timm_backbone(config: StudentConfig) -> TimmBackbone:
     with from_hub("ssm", name, tag):
         try:
             model = timm.create_model(name, pretrained=tag is not None, **options)
-        except TypeError as error:
-            raise UsageError(f"model {name!r} with {options}: timm refuses: {error}") from error
+        except (ArithmeticError, AssertionError, TypeError) as error:
+            reason = error if str(error) else type(error).__name__
+            raise UsageError(f"model {name!r} with {options}: timm refuses: {reason}") from error
     if weights is not None and tag is None:
         _load_timm_file(model, weights)
     stem = None

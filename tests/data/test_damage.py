@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import islice
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from toy_data import truncate, two_classes, write_raw
 from co2s_fast.data import DataConfig, build_loader, open_split, prepare_dataset, split_dataset
 from co2s_fast.data.damage import read_place
 from co2s_fast.data.draws import LABELED, UNLABELED
-from co2s_fast.data.plan import Plan
+from co2s_fast.data.plan import Order, Plan
 from co2s_fast.errors import DataError
 
 ALL = {"x", "w", "s1", "s2"}
@@ -127,9 +128,13 @@ def test_all_damaged(toy):
         toy(max_damaged=10)
 
 
-def test_candidates_begin_with_the_image_of_the_place(toy):
+def test_candidates_are_the_image_of_the_place_and_those_of_the_following_batches(toy):
     plan = toy.plan()
-    for step in range(12):
-        for stream, places in ((LABELED, plan.labeled(step)), (UNLABELED, plan.unlabeled(step))):
-            assert [next(plan.candidates(stream, step, p)) for p, _ in places] == [
-                item for _, item in places]
+    for stream, items, places_of in ((LABELED, toy.split.labeled, plan.labeled),
+                                     (UNLABELED, toy.split.unlabeled, plan.unlabeled)):
+        order = Order(len(items), len(items), seed=0, stream=stream)
+        for step in range(12):
+            for place, item in places_of(step):
+                expected = [items[order[2 * later + place]] for later in range(step, step + 3)]
+                assert item == expected[0]
+                assert list(islice(plan.candidates(stream, step, place), 3)) == expected

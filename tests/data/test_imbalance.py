@@ -165,6 +165,15 @@ def test_crops_show_the_pixel_wherever_it_is(height, width):
     assert len(seen) > {16: 0, 25: 5}.get(height, 20)
 
 
+def test_every_pixel_of_the_class_is_aimed_at_as_often():
+    label = np.zeros((64, 64), np.uint8)
+    label[5, 5] = label[60, 60] = 1
+    sampler = ClassSampler(np.array([[0, 2]]), 1, seed=0)
+    tops = [sampler.place(Geometry(64, 64, 0, 0, 8, False), label, step, 0).top
+            for step in range(100)]
+    assert 25 < sum(top > 32 for top in tops) < 75
+
+
 @pytest.fixture
 def rare(tmp_path):
     """Six labelled images, one of which has a patch of sea; and their loader."""

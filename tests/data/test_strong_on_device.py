@@ -41,6 +41,14 @@ def test_a_batch_of_views_is_the_views_one_by_one(bands):
         assert difference.max() <= LARGEST and difference.mean() < MEAN, colour
 
 
+def test_views_of_floats_stay_in_their_range_and_leave_the_images():
+    images = torch.rand(2, 5, 8, 8)
+    before = images.clone()
+    views = strong_views(images, [Colour((0, 1), 1.5, 1.5), Colour(sigma=1.0)])
+    assert torch.equal(images, before)
+    assert 0 <= views.min() and views.max() <= 1
+
+
 def test_no_choice_leaves_the_image():
     images = pictures(2)
     assert torch.equal(strong_views(images, [Colour(), Colour()]), images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -47,6 +49,17 @@ def test_an_average_is_the_mean_of_the_first_steps_and_forgets_them_later() -> N
         assert kept.seen == step and not kept.training
     assert not any(p.requires_grad for p in kept.parameters())
     assert student.trained.requires_grad and student.trained[0] == 49
+
+
+def test_a_checkpoint_before_the_first_step_has_no_averages_but_the_students() -> None:
+    student = Parts()
+    averages = Averages({"one": student}, 0.9)
+    with torch.no_grad():
+        student.trained.fill_(5)
+    student.provenance = "imported"
+    averages.restore(Path("nowhere"), {"step": 0, "files": {}})
+    kept = averages.students["one"]
+    assert torch.equal(kept.trained, student.trained) and kept.provenance == "imported"
 
 
 def config_of(content: dict, **method) -> RunConfig:

@@ -125,6 +125,12 @@ def test_any_size(height, width, mode):
     assert results["clip"].pixels == 2 * height * width
 
 
+def test_labels_of_several_sizes_beside_equal_images():
+    (image, label, _), other = blocks(1, 8, 8)[0], blocks(1, 4, 4)[0][1]
+    items = [(image, label, "one"), (image, other, "other")]
+    assert run({"clip": Channels(1.0, 1.0, 1.0)}, items)["clip"].pixels == 64 + 16
+
+
 def test_labels_of_another_size_meet_resized_logits():
     items = [(image, label[::2, ::2], name) for image, label, name in blocks(2, 32, 32)]
     student = Channels(1.0, 1.0, 1.0)
@@ -237,6 +243,28 @@ def test_pseudo_labels_without_confidence_or_labels():
     assert pseudo_label_quality(unsure, bare, SPEC, config, CPU, progress=False) == {}
     few = pseudo_label_quality(unsure, blocks(9), SPEC, config, CPU, limit=4, progress=False)
     assert few["clip"]["pixels"] == 4 * 24 * 24
+
+
+def test_pseudo_labels_of_another_threshold():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    image[0] = 255  # confidence e^2 / (e^2 + 2) = 0.787
+    items, student = [(image, image[1], "a")], {"clip": Channels(2.0, 2.0, 2.0)}
+    for threshold, coverage in ((0.78, 1), (0.8, 0)):
+        quality = pseudo_label_quality(student, items, SPEC, EvalConfig(), CPU,
+                                       threshold=threshold, progress=False)  # fmt: skip
+        assert quality["clip"]["coverage"] == coverage
+
+
+def test_a_limited_number_is_spread_over_all_images():
+    class Watched(list):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    seen, student = [], {"clip": Channels(1.0, 1.0, 1.0)}
+    pseudo_label_quality(student, Watched(blocks(9)), SPEC, EvalConfig(), CPU, limit=3,
+                         progress=False)  # fmt: skip
+    assert seen == [0, 4, 8]
 
 
 def test_file_holds_everything(tmp_path):

@@ -143,6 +143,13 @@ def test_a_term_that_is_zero_for_long() -> None:
     assert len(said) == 1 and "no pixel of the weak view reaches method.threshold" in said[0]
 
 
+def test_a_supervised_term_of_zero_is_not_laid_to_the_threshold() -> None:
+    watch = CollapseWatch(NAMES, [1, 1, 1])
+    said = [text for _ in range(10)
+            for text in watch.look(20, {"clip/x": 0.0}, {"clip": [0, 0, 0]})]  # fmt: skip
+    assert said == ["loss term clip/x has been exactly 0 for 10 log windows (200 steps)"]
+
+
 def test_warnings_are_printed_and_logged(content, monkeypatch, capsys) -> None:
     monkeypatch.setattr("co2s_fast.engine.collapse.ZERO_WINDOWS", 2)
     run = content(log_every=1, steps=3)

@@ -21,6 +21,8 @@ def test_numbers_by_hand():
     assert metrics.precision == [50 / 55, 30 / 40, None]
     assert metrics.recall == [50 / 60, 30 / 35, None]
     assert metrics.miou == pytest.approx((50 / 65 + 30 / 45) / 2)
+    assert metrics.mean_f1 == pytest.approx((100 / 115 + 60 / 75) / 2)
+    assert metrics.mean_accuracy == pytest.approx((50 / 60 + 30 / 35) / 2)
     assert metrics.overall_accuracy == pytest.approx(80 / 95)
     chance = (60 * 55 + 35 * 40) / 95**2
     assert metrics.kappa == pytest.approx((80 / 95 - chance) / (1 - chance))
@@ -73,6 +75,13 @@ def test_table_names_the_rule_and_the_absent_class():
     assert f"{small().kappa:.4f}" in text
     assert "not in the ground truth: roof" in text
     assert str(small()).splitlines()[0].startswith("class")
+
+
+def test_rows_of_the_table():
+    """Pixels are those of the ground truth."""
+    rows = [line.split() for line in format_table({"": small()}).splitlines()]
+    for expected in ("water 60 76.92 86.96", "mean 95 71.79 83.48", "overall accuracy 84.21"):
+        assert expected.split() in rows
 
 
 @pytest.mark.parametrize(

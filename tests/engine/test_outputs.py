@@ -10,6 +10,9 @@ from PIL import Image
 from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 
+from co2s_fast.data.config import DataConfig
+from co2s_fast.engine import polygons
+from co2s_fast.engine.inference import EvalConfig
 from co2s_fast.engine.outputs import find_images, parse_shard
 from co2s_fast.errors import DataError, UsageError
 
@@ -76,6 +79,20 @@ def test_finished_maps_are_kept_and_only_the_missing_ones_made(tmp_path):
     assert (tmp_path / "out/a.confidence.png").is_file()
 
 
+def test_other_settings_make_the_map_again(tmp_path):
+    Image.fromarray(scene()).save(tmp_path / "a.png")
+
+    def made(**options):
+        (path,) = run([tmp_path / "a.png"], tmp_path / "out", signature="run 1", **options)
+        return path.stat().st_mtime_ns
+
+    for changed in ({"scale": 0.5}, {"config": EvalConfig(crop=24)}, {"blend": "uniform"},
+                    {"data": DataConfig(scale=(64, 48))}, {"student": "ssm"}):  # fmt: skip
+        first = made()
+        assert made() == first
+        assert made(**changed) != first, changed
+
+
 def test_shards_share_the_images(tmp_path):
     for number in range(5):
         Image.fromarray(scene(8, 8)).save(tmp_path / f"{number}.png")
@@ -111,6 +128,16 @@ def test_polygons_cover_the_map(tmp_path):
     with pytest.raises(UsageError, match=r"a\.png is no GeoTIFF"):
         run([tmp_path / "a.png"], tmp_path / "other", polygons=True)
     assert not (tmp_path / "other").exists()
+
+
+def test_each_polygon_is_written_once_in_however_many_batches(tmp_path, monkeypatch):
+    fiona = pytest.importorskip("fiona")
+    monkeypatch.setattr(polygons, "_BATCH", 4)
+    write_tif(tmp_path / "s.tif", scene(), crs="EPSG:32640", transform=from_origin(0, 60, 1, 1))
+    (path,) = run([tmp_path / "s.tif"], tmp_path / "out", polygons=True)
+    with fiona.open(path.with_suffix(".gpkg")) as layer:
+        shapes = [str(feature.geometry.coordinates) for feature in layer]
+    assert len(shapes) == len(set(shapes)) > 8
 
 
 def test_polygons_that_a_finished_map_lacks_are_added(tmp_path):

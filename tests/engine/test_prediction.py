@@ -19,6 +19,7 @@ from co2s_fast.data.config import DataConfig
 from co2s_fast.engine.inference import EvalConfig, for_maps
 from co2s_fast.engine.prediction import Outputs, predict, scene_maps, strips
 from co2s_fast.engine.scenes import open_scene
+from co2s_fast.engine.sliding_window import Window
 from co2s_fast.errors import DataError, UsageError
 
 
@@ -75,6 +76,24 @@ def test_geotiff_keeps_its_place_and_nodata(tmp_path):
     for kind in ("confidence", "overlay"):
         with rasterio.open(tmp_path / "out" / f"s.{kind}.tif") as found:
             assert found.crs.to_epsg() == 32640
+            assert not found.read()[:, :10, :20].any()
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_transparent_pixels_have_no_class_no_confidence_and_keep_their_colour(tmp_path, resized):
+    pixels = np.dstack([scene(16, 24) | 1, np.full((16, 24), 255, np.uint8)])
+    pixels[:, :6, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    data = DataConfig(scale=(128, 32)) if resized else None
+    (path,) = run([tmp_path / "a.png"], tmp_path / "out", data=data, confidence=True, overlay=True)
+    labels, certainty, over = (np.asarray(Image.open(path.with_name(f"a{kind}.png")))
+                               for kind in ("", ".confidence", ".overlay"))  # fmt: skip
+    assert (labels[:, :6] == 255).all() and (labels[:, 6:] != 255).all()
+    assert not certainty[:, :6].any() and certainty[:, 6:].all()
+    with open_scene(path.with_name("a.overlay.png")) as found, open_scene(tmp_path / "a.png") as a:
+        left = Window(0, 0, 16, 6)
+        np.testing.assert_array_equal(found.colours(left), a.colours(left))
+    assert (over[:, 6:] != pixels[:, 6:, :3]).any()
 
 
 def test_geotiff_keeps_ground_control_points(tmp_path):
@@ -128,6 +147,20 @@ def test_pictures_go_through_at_the_size_of_validation_images(tmp_path):
     native = DataConfig(scale="native")
     predict(students, [tmp_path / "a.png"], tmp_path / "out", spec, data=native, progress=False)
     assert seen == [(1, 16, 24)]
+
+
+def test_a_picture_goes_through_at_the_scale_of_the_tiles_and_keeps_its_size(tmp_path):
+    seen = []
+
+    class Watching(Brightest):
+        def forward(self, images):
+            seen.append(tuple(images.shape[-2:]))
+            return super().forward(images)
+
+    Image.fromarray(scene(20, 28)).save(tmp_path / "a.png")
+    (path,) = predict({"clip": Watching(9, 9, 9)}, [tmp_path / "a.png"], tmp_path / "out", SPEC,
+                      scale=0.5, progress=False)  # fmt: skip
+    assert seen == [(10, 14)] and Image.open(path).size == (28, 20)
 
 
 def test_the_map_of_a_padding_student_is_not_stretched(tmp_path):

@@ -80,6 +80,14 @@ def test_padding_and_ignored_labels_count_for_nothing() -> None:
     assert align.predicted[0] > 0.5
 
 
+def test_padding_of_a_batch_counts_for_nothing(make_method, make_batch) -> None:
+    method, batch = make_method("unimatch", distribution_alignment=1.0), make_batch()
+    before = method.own_state()["alignment.clip.predicted"].clone()
+    batch.ignore.fill_(255)
+    method(batch, 5, 10)
+    torch.testing.assert_close(method.own_state()["alignment.clip.predicted"], before)
+
+
 @pytest.mark.parametrize("name", ["fixmatch", "unimatch", "co2s"])
 def test_only_where_it_is_asked_for(make_method, make_batch, name) -> None:
     without = make_method(name)
@@ -106,3 +114,13 @@ def test_early_predictions_are_taken_in_as_far_as_the_ramp_leaves(make_method, m
     assert not torch.equal(states[0], uniform)
     assert not torch.equal(states[1], states[0])
     assert torch.equal(states[2], states[1])
+
+
+def test_early_predictions_of_one_student_count_for_the_others(make_method, make_batch) -> None:
+    found = []
+    for early in ([1 / 3, 1 / 3, 1 / 3], [0.98, 0.01, 0.01]):
+        method = make_method("co2s", distribution_alignment=1.0, alignment_prior=0.9,
+                             consistency_ramp=0.5)  # fmt: skip
+        method.own_state()["alignment.ssm.early"].copy_(torch.tensor(early))
+        found.append(int(method(make_batch(), 0, 10)["clip/pseudo_class_0"]))
+    assert found[1] > found[0]

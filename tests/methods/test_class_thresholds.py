@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from co2s_fast.losses import softmax_confidence
 from co2s_fast.methods.class_thresholds import ClassThresholds
@@ -48,6 +51,38 @@ def test_padding_and_unseen_classes_change_nothing() -> None:
     ignore[:, 2:] = 255
     thresholds(logits, confidence, label, ignore)
     assert thresholds.mean[1] == 0.5 < thresholds.mean[0]
+
+
+def test_padding_of_a_batch_changes_nothing(make_method, make_batch) -> None:
+    method, batch = make_method("unimatch", class_thresholds=1.0), make_batch()
+    before = method.own_state()["thresholds.clip.mean"].clone()
+    batch.ignore.fill_(255)
+    method(batch, 5, 10)
+    torch.testing.assert_close(method.own_state()["thresholds.clip.mean"], before)
+
+
+def random_logits() -> torch.Tensor:
+    return torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def take_in(logits: torch.Tensor) -> torch.Tensor:
+    """The means after a batch."""
+    thresholds = ClassThresholds(3, strength=1.0)
+    thresholds(logits, *softmax_confidence(logits), None)
+    return thresholds.mean
+
+
+def _worker(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
+                            world_size=2)  # fmt: skip
+    torch.save(take_in(random_logits()[rank : rank + 1]), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_means_of_one(tmp_path) -> None:
+    torch.multiprocessing.spawn(_worker, (tmp_path,), nprocs=2)
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), take_in(random_logits()))
 
 
 @pytest.mark.parametrize("name", ["fixmatch", "unimatch", "co2s"])

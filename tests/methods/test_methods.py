@@ -131,6 +131,13 @@ def test_counts_of_correct_labels_need_labels(make_method, make_batch) -> None:
     assert "clip/pseudo_correct" not in make_method("unimatch")(batch, 0, 10)
 
 
+@pytest.mark.parametrize("option", ["distribution_alignment", "class_thresholds"])
+def test_partners_of_the_same_image_go_with_plain_pseudo_labels(option) -> None:
+    config = get_method("fixmatch").Config
+    with pytest.raises(ValueError, match=f"{option} needs cutmix_partner 'batch'"):
+        config(cutmix_partner="same-image", **{option: 1.0})
+
+
 def test_partners_stay_in_their_shard(make_method) -> None:
     cpu = torch.device("cpu")
     assert make_method(cutmix_shards=1).partners(4, cpu).tolist() == [1, 2, 3, 0]

@@ -11,7 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from co2s_fast.errors import UsageError
 from co2s_fast.models import StudentConfig, build_student
-from co2s_fast.models.lora import LoraAttention, LoraLinear, LoraQkv
+from co2s_fast.models.lora import (
+    LoraAttention,
+    LoraConfig,
+    LoraLinear,
+    LoraQkv,
+    LowRank,
+    add_adapters,
+    beside_adapters,
+)
 
 aten = torch.ops.aten
 SHAPES = {
@@ -254,7 +262,26 @@ def test_an_unknown_attention_is_refused(classes, small_decoder) -> None:
     )  # fmt: skip
     student = build_student(config, classes, seed=0)
     student.backbone.model.blocks[0].attn.proj = torch.nn.Identity()
-    from co2s_fast.models.lora import LoraConfig, add_adapters
-
     with pytest.raises(UsageError, match="RotaryAttention has \\['qkv'\\]"):
         add_adapters(student.backbone, LoraConfig())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True, "dropout": 0.1},
+                {"batch_first": True, "add_bias_kv": True}])  # fmt: skip
+def test_an_attention_that_is_not_plain_is_refused(options) -> None:
+    with pytest.raises(UsageError, match="needs the plain attention"):
+        LoraAttention(torch.nn.MultiheadAttention(8, 2, **options), LoraConfig())
+
+
+def test_what_an_adapter_adds_by_hand() -> None:
+    adapter = LowRank(torch.zeros(3, 4), LoraConfig(rank=2, alpha=8))
+    adapter.up.data.normal_()
+    x = torch.rand(5, 4)
+    torch.testing.assert_close(adapter(x), 4 * x @ adapter.down.T @ adapter.up.T)
+
+
+def test_weights_that_no_layer_has_stay_beside_adapters() -> None:
+    own = {"a": torch.zeros(1), "b.lora.up": torch.zeros(1)}
+    found = beside_adapters({"a": torch.ones(1), "odd": torch.ones(1)}, own)
+    assert set(found) == {"a", "odd", "b.lora.up"}

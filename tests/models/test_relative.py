@@ -43,6 +43,22 @@ def test_against_a_spline_of_scipy(grid):
         np.testing.assert_allclose(ours.numpy(), expected, atol=1e-9)
 
 
+def test_distances_grow_by_a_ratio_between_1_01_and_1_5():
+    far = [1, 2.5, 4.75, 8.125]  # a window of 9 tokens reaches no farther
+    assert _geometric(4, 100) == pytest.approx([-d for d in far[::-1]] + [0, *far], abs=1e-4)
+    assert _geometric(4, 2)[5:] == pytest.approx([1, 2.01, 3.0301, 4.060401], abs=1e-4)
+    steps = np.diff(_geometric(4, 6)[5:])
+    assert steps.sum() == pytest.approx(5, abs=1e-4)
+    assert steps[1:] / steps[:-1] == pytest.approx([steps[0]] * 2, abs=1e-4)
+
+
+def test_a_window_of_one_token_has_one_bias_for_all_distances():
+    given = table((1, 1))
+    found = bias_of(given, (1, 1), (2, 2))
+    assert found.shape == (2, 5, 5)
+    assert (found[:, 1:, 1:] == given[0, :, None, None]).all()
+
+
 def test_near_tokens_keep_their_biases():
     """On a finer grid, distances 0 and 1 have what the table has for them."""
     given = table((14, 14))

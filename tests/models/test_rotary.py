@@ -43,6 +43,14 @@ def test_same_values_and_gradients(training, qkv_bias):
         torch.testing.assert_close(ours_, theirs_, rtol=1e-10, atol=1e-12)
 
 
+def test_weights_of_the_attention_are_dropped_in_training_alone():
+    _, ours, x, embedding = make_pair(attn_drop=0.5)
+    ours.train()
+    assert not torch.equal(ours(x, rope=embedding), ours(x, rope=embedding))
+    ours.eval()
+    assert torch.equal(ours(x, rope=embedding), ours(x, rope=embedding))
+
+
 def test_autocast_rounds_the_finished_rotation_once():
     theirs, ours, x, embedding = make_pair()
     with torch.autocast("cpu", torch.bfloat16):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +211,9 @@ def test_bad_query_files(tmp_path):
     np.save(tmp_path / "nan.npy", np.full((2, 4), np.nan))
     with pytest.raises(DataError, match="finite floats"):
         load_queries(tmp_path / "nan.npy", 2, 4)
+    np.save(tmp_path / "whole.npy", np.ones((2, 4), np.int64))
+    with pytest.raises(DataError, match="expected finite floats, found int64"):
+        load_queries(tmp_path / "whole.npy", 2, 4)
     with pytest.raises(DataError, match=r"gone\.npy: not a readable"):
         load_queries(tmp_path / "gone.npy", 2, 4)
 
@@ -223,6 +227,16 @@ def test_hashed_queries_are_fixed_and_apart(clip_files, small_decoder, classes):
     torch.testing.assert_close(first.norm(dim=1), torch.ones(5))
     cosine = first @ first.T - torch.eye(5)
     assert cosine.abs().max() < 0.7
+
+
+def test_hashed_queries_do_not_depend_on_the_spelling(clip_files, small_decoder):
+    names = ("Bare_Soil", "water"), ("bare soil", "water")
+    first, second = (
+        build_student(clip_config(clip_files, small_decoder),
+                      [SimpleNamespace(name=n, concepts=[]) for n in each], seed=0).queries
+        for each in names
+    )  # fmt: skip
+    assert torch.equal(first, second)
 
 
 def test_the_class_name_comes_first(classes):

@@ -9,8 +9,8 @@ import yaml
 from invented import make_run
 
 from co2s_fast.errors import UsageError
-from co2s_fast.report import read_run, write_comparison
-from co2s_fast.report.comparison import grouped, spread
+from co2s_fast.report import comparison_table, read_run, write_comparison
+from co2s_fast.report.comparison import _group_lines, grouped, spread
 
 
 @pytest.fixture
@@ -25,6 +25,17 @@ def runs(tmp_path):
 
 def text_of(path):
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", path.read_text()))
+
+
+def cells_of(table):
+    """The rows of a text table, cell by cell."""
+    return [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+
+
+def change(folder, section, **settings):
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    content.setdefault(section, {}).update(settings)
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
 
 
 def last_miou(folder, name):
@@ -84,6 +95,71 @@ def test_best_and_last_are_told_apart(runs, tmp_path):
     text = text_of(write_comparison(runs[:1], tmp_path / "c.html"))
     assert "90.00 90.00 90.00" in text
     assert f"{last_miou(runs[0], 'both'):.2f}" in text
+    head, row = cells_of(comparison_table(runs[:1]))
+    names = ["clip", "ssm", "both"]
+    assert head[2:] == [f"{n} {which}" for which in ("last", "best") for n in names]
+    assert row[1:] == ["1", *(f"{last_miou(runs[0], n):.2f}" for n in names), *["90.00"] * 3]
+
+
+def test_means_and_spreads_as_text(runs):
+    values = [last_miou(folder, "ssm") for folder in runs[:3]]
+    _, row = cells_of(comparison_table(runs[:3]))
+    assert row[1] == "3"
+    assert row[3] == f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def test_columns_come_in_the_order_of_the_students(tmp_path):
+    alone = make_run(tmp_path / "alone", students=("ssm",), evaluated=False)
+    head, *_ = cells_of(comparison_table([alone, make_run(tmp_path / "two", evaluated=False)]))
+    assert head[2:5] == ["clip last", "ssm last", "both last"]
+
+
+def test_an_evaluation_alone_is_scored(tmp_path):
+    run = make_run(tmp_path / "run", steps=0)
+    expected = json.loads((run / "eval.json").read_text())["students"]["both"]["miou"]
+    assert f"{100 * expected:.2f}" in text_of(write_comparison([run], tmp_path / "c.html"))
+
+
+def test_settings_of_one_seed_each_are_said_to_be_so(runs, tmp_path):
+    said = "run with one seed: differences may be chance"
+    for members, expected in ((runs[2:4], True), (runs[1:4], False)):
+        text = text_of(write_comparison(members, tmp_path / "c.html"))
+        assert (said in text) is expected
+
+
+def test_a_run_given_twice_counts_once(runs, tmp_path):
+    text = text_of(write_comparison([runs[0], runs[0]], tmp_path / "c.html"))
+    assert "1 runs side by side" in text
+
+
+def test_the_mean_curve_is_where_all_runs_are(tmp_path):
+    lengths = {0: 300, 1: 200}
+    members = [make_run(tmp_path / str(s), seed=s, steps=n, evaluated=False)
+               for s, n in lengths.items()]  # fmt: skip
+    (group,), _ = grouped([read_run(folder) for folder in members])
+    *each, mean = _group_lines(group, ("students", "clip", "miou"))
+    assert len(each) == 2 and list(mean.x) == [50, 100, 150, 200]
+    one, other = (line.y[list(line.x).index(50)] for line in each)
+    middle, half = (one + other) / 2, abs(one - other) / 2**0.5
+    assert (mean.low[0], mean.y[0], mean.high[0]) == pytest.approx(
+        (middle - half, middle, middle + half))  # fmt: skip
+
+
+def test_a_setting_that_one_run_alone_names_sets_it_apart(tmp_path):
+    plain, named = (make_run(tmp_path / n, evaluated=False) for n in ("plain", "named"))
+    change(named, "method", threshold=0.7)
+    groups, differing = grouped([read_run(plain), read_run(named)])
+    assert differing == ["method.threshold"]
+    assert [group.label for group in groups] == ["co2s (plain)", "co2s (named)"]
+
+
+def test_more_than_three_settings_are_too_many_for_a_label(tmp_path):
+    members = [make_run(tmp_path / n, evaluated=False) for n in ("one", "two")]
+    for value, folder in enumerate(members):
+        change(folder, "train", **dict.fromkeys(("lr", "power", "ema", "eps"), value))
+    groups, differing = grouped([read_run(folder) for folder in members])
+    assert len(differing) == 4
+    assert [group.label for group in groups] == ["co2s (one)", "co2s (two)"]
 
 
 def test_unfinished_unscored_and_other_datasets_are_said(runs, tmp_path):

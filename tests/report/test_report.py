@@ -90,6 +90,19 @@ def test_the_table_has_a_row_for_every_step_of_the_log(reported):
     assert "kind" not in rows[0] and "eval/pseudo/clip/coverage" in rows[0]
 
 
+def test_steps_that_were_only_evaluated_stand_in_their_place_with_their_epoch(run_folder):
+    records = read_metrics(run_folder / "metrics.jsonl")
+    kept = [r for r in records if r["kind"] != "train" or r["step"] != 50]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    write_report(run_folder)
+    with (run_folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(steps) and 50 in steps
+    assert all(float(row["epoch"]) == int(row["step"]) / 32 for row in rows)
+    assert "eval/epoch" not in rows[0]
+
+
 def test_an_absent_class_is_na_and_said_to_be_left_out(reported):
     text = open_page(reported / "report.html").text
     assert "Not in the ground truth: roof" in text
@@ -169,6 +182,16 @@ def test_names_are_escaped(tmp_path):
         ("metrics.jsonl", "{\n{}\n", r"metrics\.jsonl, line 1: not JSON"),
         ("metrics.jsonl", "{}\n\xff\n{}\n", r"metrics\.jsonl, line 2: not JSON"),
         ("metrics.jsonl", "{}\n[3]\n", r"metrics\.jsonl, line 2: expected a record, found \[3\]"),
+        *[
+            ("metrics.jsonl", f'{{}}\n{{"step": {step}}}\n{{}}\n',
+             rf"metrics\.jsonl, line 2: step: expected a whole number, found {found}")
+            for step, found in (('"5"', "'5'"), ("null", "None"), ("true", "True"), ("5.0", "5.0"))
+        ],
+        *[
+            ("metrics.jsonl", f'{{"kind": "eval", "step": 7, "students": {students}}}\n{{}}\n',
+             r"metrics\.jsonl, line 1: students: expected values by student, found")
+            for students in ("[]", "null", "3", '{"clip": 3}')
+        ],
     ],
 )
 def test_damaged_files_are_named(run_folder, name, content, said):
