@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from co2s_fast.data.draws import Colour
 
 _LUMA = (np.float32(0.299), np.float32(0.587), np.float32(0.114))
-_SAMPLE = 4  # every 4th row and column estimate the mean grey that contrast turns about
+_SAMPLE = 17  # every 17th pixel: an estimate of the mean grey, no multiple of a texture's period
 _PIXELS_AT_ONCE = 1 << 15
 
 
@@ -32,7 +32,7 @@ def recolour(pixels: NDArray, colour: Colour) -> NDArray:
         return pixels
     pivot, scale = 0.0, np.float32(1 if pixels.dtype == np.uint8 else 255)
     if 1 in order:
-        sample = pixels[:, ::_SAMPLE, ::_SAMPLE].astype(np.float32) * scale
+        sample = pixels.reshape(bands, 1, -1)[..., ::_SAMPLE].astype(np.float32) * scale
         pivot = float(_gray(_steps(sample, order[: order.index(1)], colour, 0.0)).mean())
     out = np.empty_like(pixels)
     rows = max(_PIXELS_AT_ONCE // width, 1)

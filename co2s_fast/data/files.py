@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Image.MAX_IMAGE_PIXELS = 1 << 31
 
 _LARGEST_VALUE = (1 << 20) - 1  # of a class in a raw mask, so that tables stay small
+_GDAL_NODATA = 42113  # a TIFF tag
 _COLOR_MODES = ("RGB", "P", "L", "RGBA", "1", "LA", "PA")
 
 
@@ -114,14 +115,34 @@ def load_picture(path: Path) -> tuple[Image.Image, NDArray[np.bool_] | None]:
     image = open_image(path)
     if "transparency" in image.info:  # a colour that stands for no data
         image = image.convert("RGBA")
-    if image.mode not in ("RGBA", "LA", "PA"):
+    if image.mode in ("RGBA", "LA", "PA"):
+        transparent = np.asarray(image.getchannel("A")) == 0
+    elif image.format == "TIFF" and _may_hide_pixels(path):
+        transparent = _without_data(path)
+    else:
         return _as_rgb(image, path), None
-    transparent = np.asarray(image.getchannel("A")) == 0
     picture = _as_rgb(image, path)
     if not transparent.any():
         return picture, None
     picture.paste(0, mask=Image.fromarray(transparent))
     return picture, transparent
+
+
+def _may_hide_pixels(path: Path) -> bool:
+    """Whether a TIFF has GDAL's number for no data, or a second image, as a mask is."""
+    with Image.open(path) as image:
+        try:
+            return _GDAL_NODATA in image.tag_v2 or image.n_frames > 1
+        except SyntaxError:  # there is one, of a kind that Pillow does not read
+            return True
+
+
+def _without_data(path: Path) -> NDArray[np.bool_]:
+    """Where no band of a raster has data, bool [H, W], which Pillow does not tell."""
+    from co2s_fast.data.rasters import open_source, reading
+
+    with open_source(path) as source, reading(path):
+        return source.dataset_mask() == 0
 
 
 def load_label(item: Item, spec: DatasetSpec) -> NDArray[np.uint8]:
@@ -165,7 +186,11 @@ def decode_mask(path: Path, spec: DatasetSpec) -> NDArray[np.uint8]:
 def _one_band(image: Image.Image, path: Path) -> NDArray:
     if image.mode not in ("L", "P", "1", "I", "I;16"):
         raise DataError(f"{path}: mode {image.mode}, expected one band of class numbers")
-    return np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
+    raw = np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
+    bits = png_bits(path)
+    if image.mode == "L" and bits in (2, 4):  # spread over 0 to 255 by Pillow, as grey images are
+        return raw // (255 // (2**bits - 1))
+    return raw
 
 
 def decode_values(raw: NDArray, spec: DatasetSpec) -> NDArray[np.uint8]:

@@ -71,6 +71,7 @@ class StepDataset(Dataset):
     def _labeled(self, step: int, position: int, item: Item) -> dict[str, NDArray | str]:
         plan, image = self.plan, open_pixels(item.image, self.plan.spec)
         label = plan.label(item, image.height, image.width)
+        label = image.seen_of(label)
         geometry = plan.draw(step, position, LABELED, image.height, image.width, label).geometry
         pixels, ignore = image.crop(geometry, plan.antialias)
         return {"x": pixels, "y": np.maximum(crop_label(label, geometry), ignore),
@@ -123,13 +124,27 @@ class TorchLoader:
         # deaf to it. So they are told to leave before that, however the program ends.
         atexit.register(self.close)
         try:
-            for batch in self._loader:
+            batches = iter(self._loader)
+            while (batch := self._next(batches)) is not None:
                 if isinstance(batch, _Failure):
                     raise DataError(batch.message)
                 yield batch
         finally:
             self.close()
             atexit.unregister(self.close)
+
+    def _next(self, batches: Iterator) -> Batch | _Failure | None:
+        """The next batch; None: there is none."""
+        try:
+            return next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:  # pipes of a process that is gone
+            ended = not isinstance(error, RuntimeError) or "DataLoader worker" in str(error)
+            if not (self._loader.num_workers and ended):
+                raise
+            raise DataError(
+                "a process that reads images was ended, maybe for lack of memory or of /dev/shm; "
+                "--set data.workers=N takes fewer (0: none), --resume goes on"
+            ) from error
 
     def close(self) -> None:
         """End the worker processes. Iterating again starts new ones."""

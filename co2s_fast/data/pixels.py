@@ -50,6 +50,9 @@ class Pixels(Protocol):
     def whole(self) -> tuple[NDArray, NDArray[np.bool_] | None]:
         """All pixels [C, H, W], and where no band has data, bool [H, W]; None: nowhere."""
 
+    def seen_of(self, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A label [H, W], 255 where it is known without reading that the image has no data."""
+
 
 def open_pixels(path: Path, spec: DatasetSpec) -> Pixels:
     """The image of a file.
@@ -58,6 +61,11 @@ def open_pixels(path: Path, spec: DatasetSpec) -> Pixels:
         DataError: missing, damaged, or of other bands or numbers than the dataset's.
     """
     return PicturePixels(path) if spec.statistics is None else RasterPixels(path, spec)
+
+
+def seen_of(label: NDArray[np.uint8], hidden: NDArray[np.bool_] | None) -> NDArray[np.uint8]:
+    """A label [H, W] with 255 where its image is `hidden`; None: nowhere."""
+    return label if hidden is None else np.where(hidden, np.uint8(IGNORE), label)
 
 
 class PicturePixels:
@@ -79,6 +87,10 @@ class PicturePixels:
         """See `Pixels`."""
         pixels = np.asarray(self._image).transpose(2, 0, 1)
         return np.ascontiguousarray(pixels), self._transparent
+
+    def seen_of(self, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """See `Pixels`."""
+        return seen_of(label, self._transparent)
 
 
 class RasterPixels:
@@ -113,6 +125,10 @@ class RasterPixels:
     def whole(self) -> tuple[NDArray, NDArray[np.bool_] | None]:
         """See `Pixels`."""
         return self._read(0, 0, self.height, self.width)
+
+    def seen_of(self, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """See `Pixels`; `data prepare` has seen to it."""
+        return label
 
     def _read(self, row: int, column: int, height: int, width: int
               ) -> tuple[NDArray, NDArray[np.bool_] | None]:

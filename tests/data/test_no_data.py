@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import rasterio
@@ -23,6 +26,8 @@ from toy_rasters import (
 
 from co2s_fast.data import (
     DataConfig,
+    Item,
+    build_loader,
     load_dataset,
     load_label,
     open_split,
@@ -33,6 +38,7 @@ from co2s_fast.data.check import check_dataset
 from co2s_fast.data.dali.source import encoded_image
 from co2s_fast.data.describe import describe_folder
 from co2s_fast.data.pixels import open_pixels
+from co2s_fast.data.splits import Split
 from co2s_fast.data.tiles import list_images
 from co2s_fast.engine.scenes import open_scene
 from co2s_fast.engine.sliding_window import Window
@@ -40,6 +46,7 @@ from co2s_fast.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
 
+AS_PILLOW_READS = {"photometric": "RGB", "interleave": "pixel"}
 HOLE = np.s_[8:24, 8:24]
 
 
@@ -292,3 +299,88 @@ def test_labels_of_a_tile_are_read_back(tmp_path):
     spec = load_dataset(tmp_path / "out/dataset.yaml")
     label = load_label(tiles(tmp_path / "out")["a_0_0"], spec)
     np.testing.assert_array_equal(label == 255, ~known())
+
+
+def authors_folder(root, save):
+    """A folder that nobody prepared: one image whose class 1 is hidden but for one corner."""
+    (root / "images").mkdir(parents=True)
+    (root / "labels").mkdir()
+    label = np.zeros((64, 64), np.uint8)
+    label[HOLE], label[60:, 60:] = 1, 1
+    path = save(root / "images")
+    Image.fromarray(label).save(root / "labels/a.png")
+    name = f"images/{path.name} labels/a.png\n"
+    (root / "split").mkdir()
+    for each in ("labeled", "val"):
+        (root / f"split/{each}.txt").write_text(name)
+    return Split([Item("a", path, root / "labels/a.png")], [], [])
+
+
+def as_rgba(folder):
+    pixels = np.full((64, 64, 4), 90, np.uint8)
+    pixels[..., 3] = 255 * known()
+    Image.fromarray(pixels).save(folder / "a.png")
+    return folder / "a.png"
+
+
+def as_tiff_with_a_number(folder):
+    pixels = np.where(known(), np.uint8(90), np.uint8(0))[None].repeat(3, 0)
+    return write_tif(folder / "a.tif", pixels, nodata=0, **AS_PILLOW_READS)
+
+
+def as_tiff_with_a_mask(folder):
+    pixels = np.full((3, 64, 64), 90, np.uint8)
+    return write_tif(folder / "a.tif", pixels, mask=known(), **AS_PILLOW_READS)
+
+
+@pytest.mark.parametrize("save", [as_rgba, as_tiff_with_a_number, as_tiff_with_a_mask])
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_a_folder_that_nobody_prepared(tmp_path, save, loader):
+    """What the image hides is no label, and class-aware crops show what can be seen of a class."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    split = authors_folder(tmp_path, save)
+    spec = two_classes(crop=32, mask={"encoding": "index"}, tile={}, scale="native",
+                       scale_range=(1, 1))  # fmt: skip
+    config = DataConfig(root=tmp_path, split=tmp_path / "split", batch_size=1, workers=0,
+                        loader=loader, sampling="class-aware")  # fmt: skip
+    batches = build_loader(config, spec, split, views={"x"}, seed=0, start_step=0, total_steps=40)
+    shown = [batch.y[0].numpy() for batch in batches]
+    ones = [int((label == 1).sum()) for label in shown]
+    assert max(ones) <= 16  # never the 256 that cannot be seen
+    assert sum(count > 0 for count in ones) >= 30  # nearly always asked for, being rare
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_masks_of_few_bits(tmp_path, bits):
+    """Pillow spreads grey of 2 and 4 bits over 0 to 255; class ids stay what the file says."""
+    top = 2**bits - 1
+    label = np.array([[0, top, 0, top]] * 4, np.uint8)
+    path = tmp_path / "labels/a.png"
+    path.parent.mkdir()
+    path.write_bytes(grey_png(label, bits))
+    classes = [{"name": f"c{i}", "color": [i, 1, 2]} for i in range(top + 1)]
+    spec = two_classes(classes=classes, mask={"encoding": "index"}, tile={})
+    for raw in (True, False):
+        found = load_label(Item("a", tmp_path / "a.png", path, raw=raw), spec)
+        np.testing.assert_array_equal(found, label)
+
+
+def grey_png(pixels, bits):
+    """A grey PNG of `bits` a pixel, by hand."""
+    height, width = pixels.shape
+    per_byte = 8 // bits
+    rows = b""
+    for row in pixels:
+        values = [int(v) for v in row]
+        packed = [sum(v << (8 - bits * (i + 1)) for i, v in enumerate(values[at : at + per_byte]))
+                  for at in range(0, width, per_byte)]
+        rows += b"\0" + bytes(packed)
+
+    def chunk(kind, content):
+        return (len(content).to_bytes(4, "big") + kind + content
+                + zlib.crc32(kind + content).to_bytes(4, "big"))
+
+    head = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from dataclasses import fields
 
 import numpy as np
@@ -47,6 +50,18 @@ def assert_same(found: Batch, expected: Batch):
             assert one.dtype == other.dtype and torch.equal(one, other), part.name
         else:
             assert one == other, part.name
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_worker_that_is_ended_from_outside(demo_config, demo_spec, attempt):
+    """As the kernel does where memory runs out; which pipe breaks first differs."""
+    config = demo_config.model_copy(update={"workers": 2})
+    loader = build_loader(config, demo_spec, open_split(config, demo_spec), views=ALL, seed=0,
+                          start_step=0, total_steps=500)  # fmt: skip
+    with pytest.raises(DataError, match=r"was ended.*data\.workers=N"):
+        for _ in loader:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
 
 
 def test_shapes_and_types(load):

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.draws import LABELED, UNLABELED, Colour, Geometry
 from co2s_fast.data.files import Item, load_image, load_picture
+from co2s_fast.data.pixels import seen_of
 from co2s_fast.data.plan import STRONG, Plan
 from co2s_fast.data.transforms import crop_label, padding_map, source_box
 from co2s_fast.errors import DataError
@@ -49,7 +50,10 @@ def step_arrays(plan: Plan, stream: int, step: int, position: int,
         DataError: a file that is missing, damaged or not what it should be.
     """
     encoded, (height, width) = encoded_image(item.image, item.image in left_to_pillow)
-    label = plan.label(item, height, width) if stream == LABELED else None
+    transparent = _transparent(item.image, encoded)
+    label = None
+    if stream == LABELED:
+        label = seen_of(plan.label(item, height, width), transparent)
     drawn = plan.draw(step, position, stream, height, width, label)
     geometry = drawn.geometry
     prefix = "x" if stream == LABELED else "u"
@@ -57,7 +61,6 @@ def step_arrays(plan: Plan, stream: int, step: int, position: int,
     if plan.recipe.rotate90:
         of_image |= turn_arrays(geometry)
     arrays = {f"{prefix}_{key}": value for key, value in of_image.items()}
-    transparent = _transparent(item.image, encoded)
     ignore = padding_map(geometry) if transparent is None else crop_label(
         np.where(transparent, np.uint8(IGNORE), np.uint8(0)), geometry)
     if label is not None:
