@@ -86,8 +86,10 @@ def plan(
         return config, Plan()
     try:
         found = footprint(method, config, crop, world)
-    except RuntimeError as error:  # nobody asked for it: no reason not to train
-        return config, Plan(warnings=[f"no estimate of the GPU's memory: {error}"])
+    except (RuntimeError, AssertionError, TypeError) as error:  # of torch's, about a stand-in
+        # Nobody has asked for it, so it is no reason not to train.
+        reason = str(error).partition("\n")[0]
+        return config, Plan(warnings=[f"no estimate of the GPU's memory: {reason}"])
     if device.type == "cuda" and found.needs > (free := free_gib(device)) * GIB:
         return config, Plan(found, warnings=[
             f"a step takes {found}, and {free:.1f} GiB of this GPU are free, of which "
