@@ -44,4 +44,4 @@ lint: install
 	$(BIN)/ruff check co2s_fast kernels benchmarks tests examples setup.py
 
 clean:
-	rm -rf $(VENV) build $(RUNS)/demo *.egg-info co2s_fast/_native*.so
+	rm -rf $(VENV) build $(RUNS)/demo *.egg-info co2s_fast/_native*.so co2s_fast/_native_build.json

@@ -12,11 +12,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 RECORD = "_native_build.json"
@@ -57,6 +59,12 @@ def check_prerequisites() -> None:
         raise NativeBuildError("not found: " + "; ".join(missing))
 
 
+def cuda_was_asked_for() -> bool:
+    """Whether CMake would read the environment's CO2S_WITH_CUDA as true."""
+    value = os.environ.get("CO2S_WITH_CUDA", "").upper()
+    return value not in ("", "0", "OFF", "NO", "FALSE", "N")
+
+
 def run(command: list[str], what: str) -> None:
     """Run a build command with its output shown; its last lines become the error's text."""
     print("co2s-fast:", " ".join(command), flush=True)
@@ -84,6 +92,33 @@ def operators() -> str:
     return catalogue.fingerprint()
 
 
+def check_import(library: Path) -> str:
+    """Import a built library as the package will; the version of the torch it then ran with."""
+    code = (
+        "import importlib.util, sys, torch\n"
+        "spec = importlib.util.spec_from_file_location('_native', sys.argv[1])\n"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+        "print(torch.__version__)"
+    )
+    command = [sys.executable, "-c", code, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        why = said[-1] if said else f"exit code {done.returncode}"
+        raise NativeBuildError(f"{library.name} was built, but cannot be imported: {why}")
+    return done.stdout.split()[-1]
+
+
+class CleanBuildPy(build_py):
+    """Copies the modules into an empty folder: build/ may hold some that exist no more."""
+
+    def run(self) -> None:
+        earlier = Path(self.build_lib).resolve() / "co2s_fast"
+        if earlier.is_dir() and not self.editable_mode and earlier != ROOT / "co2s_fast":
+            shutil.rmtree(earlier)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Builds co2s_fast/_native with CMake; a failure is recorded, never raised."""
 
@@ -97,15 +132,31 @@ class CMakeBuild(build_ext):
         record: dict[str, object] = {"built": True, "python": sys.version.split()[0]}
         try:
             check_prerequisites()
-            self.build_native(destination)
+            try:
+                self.build_native(destination, record)
+            except NativeBuildError as error:
+                if not cuda_was_asked_for():
+                    raise
+                record["without_cuda"] = str(error)
+                self.explain("the CUDA kernels; the CPU kernels are built alone.", str(error))
+                self.build_native(destination, record, cuda=False)
             record["operators"] = operators()
         except (NativeBuildError, OSError) as error:
             record.update(built=False, reason=str(error))
             self.remove_stale(destination)
-            self.explain(str(error))
-        (destination / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+            self.explain(
+                "the native part. The fused CPU kernels and the raster helpers fall back to "
+                "PyTorch and NumPy: same results, slower. To build it, install torch, pybind11, "
+                "cmake, ninja and a C++20 compiler, then run "
+                "`pip install --no-build-isolation .`",
+                str(error),
+            )
+        unfinished = destination / f"{RECORD}.tmp"  # whole or not at all
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
+        unfinished.replace(destination / RECORD)
 
-    def build_native(self, destination: Path) -> None:
+    def build_native(self, destination: Path, record: dict[str, object], cuda: bool = True) -> None:
+        """Build, import once, and record for which torch; without CUDA whatever was asked for."""
         cmake = find_tool("cmake")
         assert cmake is not None
         tag = f"{sys.platform}-cp{sys.version_info.major}{sys.version_info.minor}"
@@ -119,22 +170,24 @@ class CMakeBuild(build_ext):
             f"-DCO2S_OUTPUT_DIR={destination}",
             "-DCMAKE_BUILD_TYPE=Release",
         ]
-        configure += [f"-D{o}={os.environ[o]}" for o in CMAKE_OPTIONS if o in os.environ]
+        options = {name: os.environ[name] for name in CMAKE_OPTIONS if name in os.environ}
+        if not cuda:
+            options["CO2S_WITH_CUDA"] = "OFF"
+        # What is not asked for now is forgotten, too: the folder remembers the last build's.
+        configure += [f"-D{o}={options[o]}" if o in options else f"-U{o}" for o in CMAKE_OPTIONS]
         run(configure, "configuring with CMake")
         run([cmake, "--build", str(folder), "--target", "_native"], "compiling")
+        if not options.get("CO2S_SANITIZE"):  # a sanitizer has to be in the process before Python
+            library = destination / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+            record["torch"] = check_import(library)
 
     def remove_stale(self, destination: Path) -> None:
         """A library from an earlier build would contradict the record of this one."""
         for library in destination.glob("_native.*"):
             library.unlink()
 
-    def explain(self, reason: str) -> None:
-        text = (
-            "co2s-fast: installing WITHOUT the native part. The fused CPU kernels and the raster "
-            "helpers fall back to PyTorch and NumPy: same results, slower. To build it, install "
-            "torch, pybind11, cmake, ninja and a C++20 compiler, then run "
-            "`pip install --no-build-isolation .`"
-        )
+    def explain(self, missing: str, reason: str) -> None:
+        text = f"co2s-fast: installing WITHOUT {missing}"
         print(f"\n{textwrap.fill(text, 100)}\nReason: {reason}\n", file=sys.stderr, flush=True)
 
     def get_outputs(self) -> list[str]:
@@ -154,5 +207,5 @@ setup(
     ],
     package_dir={"co2s_fast.kernels": "kernels"},
     ext_modules=[Extension("co2s_fast._native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": CleanBuildPy},
 )

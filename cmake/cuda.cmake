@@ -2,7 +2,8 @@
 # FindCUDAToolkit, which follows an nvcc on PATH that is only a wrapper script.
 #
 # Architectures: CO2S_CUDA_ARCHS ("86;90"), else the environment's CO2S_CUDA_ARCHS or torch's own
-# TORCH_CUDA_ARCH_LIST ("8.6;9.0+PTX"), else 86 and 90; machine code and PTX of each.
+# TORCH_CUDA_ARCH_LIST ("8.6;9.0+PTX"), else 80, 86 and 90; machine code and PTX of each, which
+# co2s_fast/ops/dispatch.py counts on when it compares them with the GPU.
 if(NOT CO2S_WITH_CUDA)
   return()
 endif()
@@ -22,7 +23,7 @@ if(NOT torch_cuda_major EQUAL CUDAToolkit_VERSION_MAJOR)
 endif()
 
 if(NOT CO2S_CUDA_ARCHS) # not written to the cache: the environment may be another one next time
-  set(CO2S_CUDA_ARCHS "86;90")
+  set(CO2S_CUDA_ARCHS "80;86;90")
   foreach(name CO2S_CUDA_ARCHS TORCH_CUDA_ARCH_LIST)
     if(NOT "$ENV{${name}}" STREQUAL "")
       set(CO2S_CUDA_ARCHS "$ENV{${name}}")
@@ -36,7 +37,7 @@ list(TRANSFORM CO2S_CUDA_ARCHS REPLACE "\\." "")
 list(REMOVE_DUPLICATES CO2S_CUDA_ARCHS)
 foreach(arch IN LISTS CO2S_CUDA_ARCHS)
   if(NOT arch MATCHES "^[0-9]+a?$")
-    message(FATAL_ERROR "CO2S_CUDA_ARCHS: expected numbers such as 86;90, found ${arch}")
+    message(FATAL_ERROR "CO2S_CUDA_ARCHS: expected numbers such as 80;90, found ${arch}")
   endif()
 endforeach()
 
@@ -51,6 +52,7 @@ set(CMAKE_CUDA_EXTENSIONS OFF)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA) # at the top, outside of any function
 message(STATUS "CUDA ${CUDAToolkit_VERSION} for ${CO2S_CUDA_ARCHS}")
+unset(C10_CUDA_LIBRARY CACHE) # it may be another environment's
 find_library(C10_CUDA_LIBRARY c10_cuda PATHS ${TORCH_DIR}/lib NO_DEFAULT_PATH REQUIRED)
 
 function(co2s_add_cuda target)

@@ -27,7 +27,9 @@ message(STATUS "torch ${TORCH_VERSION} in ${TORCH_DIR} (CUDA ${TORCH_CUDA})")
 add_library(co2s_torch INTERFACE)
 target_include_directories(co2s_torch SYSTEM INTERFACE
   ${TORCH_DIR}/include ${TORCH_DIR}/include/torch/csrc/api/include)
-target_compile_definitions(co2s_torch INTERFACE _GLIBCXX_USE_CXX11_ABI=${TORCH_CXX11_ABI})
+# The version is for nobody to read: with another torch in the same place, all is compiled again.
+target_compile_definitions(co2s_torch INTERFACE _GLIBCXX_USE_CXX11_ABI=${TORCH_CXX11_ABI}
+  CO2S_FOR_TORCH=${TORCH_VERSION})
 
 # at::parallel_for is a header: it needs OpenMP switched on, and the OpenMP library that torch
 # itself loaded (wheels carry their own), or torch.set_num_threads would not reach our loops.
@@ -35,6 +37,11 @@ file(GLOB torch_openmp ${TORCH_DIR}/lib/libgomp*.so* ${TORCH_DIR}/lib/libomp*.so
   ${TORCH_DIR}/lib/libiomp*.so*)
 include(CheckCXXCompilerFlag)
 check_cxx_compiler_flag(-fopenmp CO2S_HAS_OPENMP)
+if(CO2S_HAS_OPENMP AND CMAKE_CXX_COMPILER_ID MATCHES "Clang" AND torch_openmp MATCHES "libgomp")
+  message(WARNING "torch brings GCC's OpenMP, which ${CMAKE_CXX_COMPILER_ID} cannot call: the CPU "
+    "kernels will run on one thread; CXX=g++ in an empty build folder gives all of them")
+  set(CO2S_HAS_OPENMP OFF)
+endif()
 if(CO2S_HAS_OPENMP)
   target_compile_options(co2s_torch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
   target_link_libraries(co2s_torch INTERFACE ${torch_openmp})
@@ -43,6 +50,8 @@ if(CO2S_HAS_OPENMP)
   endif()
 endif()
 
+unset(TORCH_CPU_LIBRARY CACHE) # the last configuration may have been for another environment
+unset(C10_LIBRARY CACHE)
 find_library(TORCH_CPU_LIBRARY torch_cpu PATHS ${TORCH_DIR}/lib NO_DEFAULT_PATH REQUIRED)
 find_library(C10_LIBRARY c10 PATHS ${TORCH_DIR}/lib NO_DEFAULT_PATH REQUIRED)
 target_link_libraries(co2s_torch INTERFACE ${TORCH_CPU_LIBRARY} ${C10_LIBRARY})

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 
 PACKAGES = (
     "torch", "torchvision", "triton", "open_clip_torch", "timm", "numpy", "pillow", "safetensors",
@@ -94,18 +92,26 @@ def driver_version() -> str | None:
 
 
 def native_lines() -> list[str]:
-    if importlib.util.find_spec("co2s_fast._native") is not None:
-        from co2s_fast.ops import load_native
+    from co2s_fast.ops import load_native
+    from co2s_fast.ops.dispatch import build_record
 
-        module = load_native()
-        if module is not None and not hasattr(module, "build_info"):
-            return ["older than this package; pip install --no-build-isolation --no-deps -e ."]
-        if module is not None:
-            return [f"{key}: {value}" for key, value in module.build_info().items()]
-    record = Path(__file__).resolve().parents[1] / "_native_build.json"
-    if record.is_file():
-        return [f"{key}: {value}" for key, value in json.loads(record.read_text()).items()]
-    return ["not built; with a C++ compiler: pip install --no-build-isolation --no-deps -e ."]
+    build = "pip install --no-build-isolation --no-deps -e ."
+    record = build_record()
+    lines = [f"{key}: {record[key]}" for key in ("damaged", "without_cuda") if key in record]
+    there = importlib.util.find_spec("co2s_fast._native") is not None
+    module = load_native() if there else None
+    if module is not None and not hasattr(module, "build_info"):
+        return [*lines, f"older than this package; {build}"]
+    if module is not None:
+        try:
+            return [*(f"{key}: {value}" for key, value in module.build_info().items()), *lines]
+        except RuntimeError as error:  # an instruction set that CO2S_CPU_ISA names and there is not
+            return [*lines, str(error)]
+    if record.get("built") and not there:
+        return [f"built, but the library is gone; {build}"]
+    if "built" in record:
+        return [f"{key}: {value}" for key, value in record.items()]
+    return [*lines, f"not built; with a C++ compiler: {build}"]
 
 
 def weight_lines() -> list[str]:

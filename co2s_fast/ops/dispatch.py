@@ -56,9 +56,12 @@ class BackendStatus:
 def _load_native() -> str:
     """Load the native library once; the reason why that failed, empty when it did not."""
     global _native_library
-    built_for = _build_record().get("operators", catalogue.fingerprint())
-    if built_for != catalogue.fingerprint():
+    record = build_record()
+    if record.get("operators", catalogue.fingerprint()) != catalogue.fingerprint():
         return "the native library was built from other sources of this package: build it again"
+    built_for, here = record.get("torch", torch.__version__), str(torch.__version__)
+    if built_for != here:
+        return f"the native library was built for torch {built_for}, this is {here}: build it again"
     with _loading:  # the cache lets several threads in before the first result
         if _native_library is None:
             _native_library = catalogue.define("co2s_native")
@@ -74,15 +77,26 @@ def load_native() -> ModuleType | None:
     return None if _load_native() else importlib.import_module("co2s_fast._native")
 
 
-def _build_record() -> dict[str, Any]:
-    """What the installation wrote about the native build; empty where it wrote nothing."""
-    record = Path(__file__).parents[1] / "_native_build.json"
-    return json.loads(record.read_text()) if record.is_file() else {}
+def build_record() -> dict[str, Any]:
+    """What the installation wrote about the native build (see setup.py).
+
+    Empty where it wrote nothing. A damaged record counts as none and says so under "damaged".
+    """
+    path = Path(__file__).parents[1] / "_native_build.json"
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        return {"damaged": f"{path} cannot be read: {error}"}
+    if not isinstance(record, dict):
+        return {"damaged": f"{path}: expected an object, found {record!r:.40}"}
+    return record
 
 
 def _build_failure() -> str:
     """Why the native library was not built, as recorded by the installation."""
-    reason = _build_record().get("reason")
+    reason = build_record().get("reason")
     return f" (it was not built: {reason})" if reason else ""
 
 
@@ -102,7 +116,28 @@ def _native_status(dispatch_key: str) -> str:
         return f"the native library was built without {dispatch_key} kernels (without {which})"
     if dispatch_key == "CUDA" and not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
+    if dispatch_key == "CUDA":
+        return _no_code_for_this_gpu()
     return ""
+
+
+def _no_code_for_this_gpu() -> str:
+    """Why the CUDA kernels do not run on the current GPU; empty when they do."""
+    try:
+        built = importlib.import_module("co2s_fast._native").build_info()["cuda_archs"]
+    except RuntimeError as error:  # an instruction set that CO2S_CPU_ISA names and there is not
+        return str(error)
+    major, minor = torch.cuda.get_device_capability()
+    here = 10 * major + minor
+    for arch in built.split(";"):
+        # Machine code runs on later minor versions, the PTX beside it on all later GPUs; neither
+        # does where an architecture's own features (90a) were asked for.
+        if here == int(arch[:-1]) if arch.endswith("a") else here >= int(arch):
+            return ""
+    return (
+        f"the native library was built for CUDA architectures {built}, this GPU is sm_{here}: "
+        f"build it again with CO2S_CUDA_ARCHS={here}"
+    )
 
 
 @functools.cache

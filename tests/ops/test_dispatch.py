@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_a_library_of_other_sources_is_not_loaded():
     stale = MISSING_NATIVE.replace(
         'sys.modules["co2s_fast._native"] = None',
         "from co2s_fast.ops import dispatch\n"
-        'dispatch._build_record = lambda: {"built": True, "operators": "another"}',
+        'dispatch.build_record = lambda: {"built": True, "operators": "another"}',
     )
     text = python(stale)
     assert text.startswith("reference 1 None ")
@@ -112,10 +113,61 @@ def test_a_library_of_other_sources_is_not_loaded():
 
 
 def test_the_build_records_what_it_was_built_for():
-    record = dispatch._build_record()
+    record = dispatch.build_record()
     if not record.get("built"):
         pytest.skip("the native part was not built here")
     assert record["operators"] == catalogue.fingerprint()
+    assert record.get("torch", torch.__version__) == torch.__version__
+
+
+def test_a_library_for_another_torch_is_not_loaded():
+    stale = MISSING_NATIVE.replace(
+        'sys.modules["co2s_fast._native"] = None',
+        "from co2s_fast.ops import dispatch\n"
+        'dispatch.build_record = lambda: {"built": True, "torch": "2.8.0"}',
+    )
+    text = python(stale)
+    assert text.startswith("reference 1 None ")
+    assert "was built for torch 2.8.0, this is " in text and "pip install" in text
+
+
+@pytest.mark.parametrize("content", ["", '{"built": tr', "[]", b"\xff\xfe"])
+def test_a_damaged_record_counts_as_none(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "ops" / "dispatch.py"))
+    assert dispatch.build_record() == {}
+    path = tmp_path / "_native_build.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    record = dispatch.build_record()
+    assert set(record) == {"damaged"} and str(path) in record["damaged"]
+    assert dispatch._build_failure() == ""
+
+
+@pytest.mark.parametrize(
+    ("built", "runs_on", "not_on"),
+    [
+        ("86;90", ["8.6", "8.9", "9.0", "12.0"], ["7.5", "8.0"]),
+        ("80;86;90", ["8.0", "8.9", "9.0", "12.0"], ["7.5"]),
+        ("90a", ["9.0"], ["8.0", "8.9", "10.0", "12.0"]),
+        ("90", ["9.0", "10.0"], ["8.0", "8.9"]),
+        ("120", ["12.0"], ["9.0", "10.0"]),
+    ],
+)
+def test_cuda_is_live_only_where_the_library_has_code_for_the_gpu(
+    built, runs_on, not_on, monkeypatch
+):
+    stub = types.SimpleNamespace(build_info=lambda: {"cuda_archs": built})
+    monkeypatch.setitem(sys.modules, "co2s_fast._native", stub)
+    monkeypatch.setattr(dispatch, "_load_native", lambda: "")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *a: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability in runs_on + not_on:
+        numbers = tuple(map(int, capability.split(".")))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda n=numbers: n)
+        why = dispatch._native_status.__wrapped__("CUDA")
+        assert (why == "") == (capability in runs_on), why
+        sm = capability.replace(".", "")
+        assert not why or why.endswith(f"architectures {built}, this GPU is sm_{sm}: "
+                                       f"build it again with CO2S_CUDA_ARCHS={sm}")  # fmt: skip
 
 
 def test_import_loads_neither_native_code_nor_triton():
