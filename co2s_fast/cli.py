@@ -82,7 +82,8 @@ def main() -> None:
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
 @click.option("--resume-if-exists", is_flag=True,
               help="Continue when --out holds a run, start one otherwise.")
-@click.option("--dry-run", is_flag=True, help="Check configuration and data, train nothing.")
+@click.option("--dry-run", is_flag=True, help="Check configuration and data, train "
+              "nothing. A split that is missing is made, and so is the demo dataset.")
 @offline_option
 @one_line_errors
 def train(seeds: str | None, **options: Any) -> None:

@@ -195,6 +195,22 @@ def test_a_dry_run_writes_nothing(prepared: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_random_backbones_are_warned_of_in_the_runs_own_words(prepared: Path, tmp_path: Path):
+    """In a process, whose stderr shows Python's warnings as they come."""
+    arguments = ["train", "--dataset", prepared / "dataset.yaml", "--data-root", prepared,
+                 "--labels", 3, *SHORT, "--trainable", "lora"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "co2s_fast", *map(str, arguments), "--dry-run",
+         "--out", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in ("clip", "ssm"):
+        said = f"warning: student {name}: backbone 'tiny-{name}' starts from random weights, yet "
+        assert any(line.startswith(said) for line in done.stderr.splitlines()), done.stderr
+    assert ".py:" not in done.stderr
+
+
 def test_usage_errors(prepared: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     failed(train(prepared, out, "--set", "train.stepz=1", "--set", "eval.cropp=3"), 2,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from co2s_fast.data.draws import Colour
 
 _LUMA = (np.float32(0.299), np.float32(0.587), np.float32(0.114))
-_SAMPLE = 17  # every 17th pixel: an estimate of the mean grey, no multiple of a texture's period
+_SAMPLE = 17  # every 17th pixel of a large image gives the mean grey; textures have other periods
 _PIXELS_AT_ONCE = 1 << 15
 
 
@@ -25,14 +25,15 @@ def recolour(pixels: NDArray, colour: Colour) -> NDArray:
     Images of other than three bands have no hue, saturation or grey: those parts are left out, and
     contrast turns about the mean of all bands.
     """
-    bands, _, width = pixels.shape
+    bands, height, width = pixels.shape
     order = tuple(p for p in colour.order if bands == 3 or p < 2)
     gray = colour.gray and bands == 3
     if not order and not gray:
         return pixels
     pivot, scale = 0.0, np.float32(1 if pixels.dtype == np.uint8 else 255)
     if 1 in order:
-        sample = pixels.reshape(bands, 1, -1)[..., ::_SAMPLE].astype(np.float32) * scale
+        every = _SAMPLE if height * width > _PIXELS_AT_ONCE else 1
+        sample = pixels.reshape(bands, 1, -1)[..., ::every].astype(np.float32) * scale
         pivot = float(_gray(_steps(sample, order[: order.index(1)], colour, 0.0)).mean())
     out = np.empty_like(pixels)
     rows = max(_PIXELS_AT_ONCE // width, 1)

@@ -111,6 +111,40 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
     archives = find_archives(raw)
     record = {"description": spec.model_dump(mode="json"),
               "files": stamps(raw, archives, spec, out.resolve())}
+    former = _former(out, raw, record, overwrite=overwrite)
+    if former is not None:
+        return former
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with unpacked(archives, out, progress) as more:
+        sources = find_sources(raw, spec, more, out.resolve())
+        dtype = survey(sources, spec)
+        for name in ("images", "labels"):
+            (temporary / name).mkdir(parents=True)
+        try:
+            prepared = _write_tiles(sources, temporary, spec, TileWriter(spec, dtype), progress)
+            prepared.root = out
+            prepared.notes += _overlooked(sources, raw, more, out.resolve())
+            if dtype is not None:
+                _take_statistics(prepared, temporary, spec, progress)
+            write_description(temporary, spec, prepared.statistics)
+            totals = {"images": prepared.images, "tiles": prepared.tiles,
+                      "labeled": prepared.labeled, "pixels": prepared.pixels}
+            content = {**record, "files": _with_checksums(record["files"], raw, progress), **totals}
+            write_text(temporary / RECORD, json.dumps(content, indent=1))
+        except BaseException:
+            shutil.rmtree(temporary)
+            raise
+    _put(temporary, out)
+    return prepared
+
+
+def _former(out: Path, raw: Path, record: dict, *, overwrite: bool) -> Prepared | None:
+    """What `out` holds, where it was prepared from the same; None where it is to be made.
+
+    Raises:
+        DataError: it holds something else, or cannot be replaced.
+    """
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         if not (out / RECORD).is_file() or raw.resolve().is_relative_to(out.resolve()):
             raise DataError(f"{out}: exists and is no prepared folder; choose another one")
@@ -124,37 +158,19 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
                             f"{change}; choose another folder, or overwrite it (--overwrite)")
     if os.path.ismount(out):
         raise DataError(f"{out}: a mount point, which cannot be replaced; choose a folder in it")
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with unpacked(archives, out, progress) as more:
-        sources = find_sources(raw, spec, more, out.resolve())
-        dtype = survey(sources, spec)
-        for name in ("images", "labels"):
-            (temporary / name).mkdir(parents=True)
-        try:
-            prepared = _write_tiles(sources, temporary, spec, TileWriter(spec, dtype), progress)
-            prepared.root = out
-            prepared.notes += _overlooked(sources, raw, more, out.resolve())
-            if dtype is not None:
-                from co2s_fast.data.split_maker import training_images
-                from co2s_fast.data.statistics import band_statistics
+    return None
 
-                write_description(temporary, spec)
-                items, notes = training_images(temporary, spec)
-                prepared.notes += notes
-                prepared.statistics = band_statistics(
-                    [item.image for item in items], spec, threads=os.cpu_count() or 1,
-                    progress=progress)
-            write_description(temporary, spec, prepared.statistics)
-            totals = {"images": prepared.images, "tiles": prepared.tiles,
-                      "labeled": prepared.labeled, "pixels": prepared.pixels}
-            content = {**record, "files": _with_checksums(record["files"], raw, progress), **totals}
-            write_text(temporary / RECORD, json.dumps(content, indent=1))
-        except BaseException:
-            shutil.rmtree(temporary)
-            raise
-    _put(temporary, out)
-    return prepared
+
+def _take_statistics(prepared: Prepared, root: Path, spec: DatasetSpec, progress: bool) -> None:
+    """Add the bands' statistics over the training images of the tiles below `root`."""
+    from co2s_fast.data.split_maker import training_images
+    from co2s_fast.data.statistics import band_statistics
+
+    write_description(root, spec)
+    items, notes = training_images(root, spec)
+    prepared.notes += notes
+    prepared.statistics = band_statistics([item.image for item in items], spec,
+                                          threads=os.cpu_count() or 1, progress=progress)
 
 
 def _overlooked(sources: list[Source], raw: Path, more: Path | None, out: Path) -> list[str]:

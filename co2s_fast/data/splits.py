@@ -119,9 +119,9 @@ def find_root(config: DataConfig, spec: DatasetSpec) -> Path:
         return generate_demo(candidates[0], spec)
     tried = ", ".join(f"{c}/images" for c in candidates)
     what = spec.info.needs or "it"
-    source = f"fetch {what} from {spec.info.source}, then" if spec.info.source else "then"
+    fetched = f"fetch {what} from {spec.info.source}, then " if spec.info.source else ""
     raise DataError(
-        f"dataset {spec.name!r} not found (looked for {tried}): {source} run "
+        f"dataset {spec.name!r} not found (looked for {tried}): {fetched}run "
         f"`co2s-fast data prepare {config.dataset} --raw RAW_FOLDER --out {candidates[-1]}`, or "
         "give --data-root"
     )

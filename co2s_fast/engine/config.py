@@ -23,6 +23,7 @@ from co2s_fast.engine.footprint import parse_gib
 from co2s_fast.errors import UsageError
 from co2s_fast.methods import METHODS, get_method
 from co2s_fast.models import StudentConfig
+from co2s_fast.models.config import merge
 from co2s_fast.models.weights.choose import put_students
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -320,17 +321,6 @@ def suggestion(key: str) -> str:
         known |= definition.get("properties", {}).keys()
     near = difflib.get_close_matches(key, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`: dictionaries are merged, everything else is replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

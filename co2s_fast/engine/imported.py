@@ -16,7 +16,6 @@ from co2s_fast.engine.config import (
     default_recipe,
     dump_config,
     load_config,
-    merge,
     parse_config,
     with_compat,
 )
@@ -32,6 +31,7 @@ from co2s_fast.engine.runs import (
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.methods import get_method
 from co2s_fast.models import Student
+from co2s_fast.models.config import merge
 from co2s_fast.models.released import load_released, released_config
 
 NAMES = {"clip": "clip", "timm": "ssm"}  # backbone -> the student's name in a run

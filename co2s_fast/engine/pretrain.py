@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from co2s_fast.data import Batch, build_loader, open_dataset, open_split
+from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.files import replacing, write_text
 from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.config import PretrainConfig, RunConfig
@@ -31,8 +32,6 @@ from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models import Student, build_student
 from co2s_fast.models.loading import checksum
 from co2s_fast.models.weights.files import OWN_BACKBONE, PRETRAINED, save_tensors
-
-IGNORE = 255
 
 
 def pretrain(config: RunConfig, out: Path, *, progress: bool = True) -> list[Path]:

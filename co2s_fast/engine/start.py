@@ -1,8 +1,10 @@
-"""What a run says about itself when it starts, and the seeds it derives from its own."""
+"""What a run says about itself when it starts, its seeds, and the students it starts with."""
 
 from __future__ import annotations
 
 import platform
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +12,12 @@ import torch
 
 from co2s_fast import ops
 from co2s_fast.data.imbalance import BALANCED, ClassSampler
+from co2s_fast.models import Student, StudentConfig, build_student
+from co2s_fast.models.student import RandomBackboneWarning
 from co2s_fast.version import __version__
 
 if TYPE_CHECKING:
+    from co2s_fast.data.catalogue import ClassSpec
     from co2s_fast.engine.trainer import Trainer
 
 
@@ -31,14 +36,31 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return derived_seed(seed, step, rank, 0x57E)
 
 
+def build_students(
+    configs: dict[str, StudentConfig], classes: Sequence[ClassSpec], seed: int
+) -> tuple[dict[str, Student], list[str]]:
+    """The students of a run, each with a seed of its own, and what to warn of about them."""
+    students, said = {}, []
+    for index, (name, config) in enumerate(configs.items()):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RandomBackboneWarning)
+            students[name] = build_student(config, classes, seed=student_seed(seed, index))
+        for one in caught:
+            if issubclass(one.category, RandomBackboneWarning):
+                said.append(f"student {name}: {one.message}")
+            else:  # not ours to put into a record
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return students, said
+
+
 def describe(trainer: Trainer) -> dict[str, Any]:
     """The record that opens metrics.jsonl."""
     split, spec = trainer.split, trainer.spec
     pixels = dict(zip(spec.class_names, split.pixels.sum(0).tolist(), strict=True))
     never = [name for name, count in pixels.items() if count == 0]
-    warnings = [*trainer.warnings, *trainer.memory.warnings]
+    said = [*trainer.random_backbones, *trainer.warnings, *trainer.memory.warnings]
     if never:
-        warnings.append(
+        said.append(
             f"no labelled pixel of class {', '.join(never)}: it can only be learnt never to occur"
         )
     return {
@@ -70,7 +92,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
         "class_weight": weighting(trainer),
         "sampling": sampling(trainer),
         "notes": list(split.notes),
-        "warnings": warnings,
+        "warnings": said,
         "config": trainer.config.model_dump(mode="json"),
     }
 

@@ -54,7 +54,6 @@ from co2s_fast.engine.schedule import poly_factor, set_learning_rates
 from co2s_fast.engine.window import train_record
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.methods import get_method
-from co2s_fast.models import build_student
 from co2s_fast.models.compiled import compile_student
 from co2s_fast.models.lora import beside_adapters
 
@@ -174,10 +173,9 @@ class Trainer:
     def _setup_students(self, *, begins: bool, look: bool) -> None:
         config = self.config
         method_class = get_method(config.method.name)
-        students = {
-            name: build_student(student, self.spec.classes, seed=start.student_seed(config.seed, i))
-            for i, (name, student) in enumerate(config.students.items())
-        }
+        students, self.random_backbones = start.build_students(
+            config.students, self.spec.classes, config.seed
+        )
         self.method = method_class(students, config.method, seed=config.seed)
         self.students = dict(self.method.students.items())
         self.config, self.memory = memory.plan(
@@ -257,6 +255,7 @@ class Trainer:
         if self.averages is not None:
             self.averages.restore(folder, state)
         if state["step"] == 0:  # imported: everything else starts here, by this configuration
+            self.random_backbones = []
             return
         check_lists(state, self.lists, self.split.folder, folder)
         if state["step"] > self.total_steps:

@@ -89,6 +89,12 @@ def check_number(name: str, value: object, whole: bool = False) -> None:
         )
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
 def check_threshold(value: object) -> None:
     """Raise unless `value` is a number in [0, 1]."""
     check_number("threshold", value)
@@ -107,16 +113,18 @@ def check_size(value: object) -> tuple[int, int]:
     return value[0], value[1]
 
 
-def check_class_weight(value: object, logits: Tensor) -> None:
-    """Raise unless `value` is a constant float tensor [K]."""
+def check_class_weight(value: object, logits: Tensor | None = None) -> None:
+    """Raise unless `value` is a constant float tensor [K], with logits of their K."""
     check_tensor("class_weight", value)
-    if value.dim() != 1 or value.shape[0] != logits.shape[1]:
+    classes = "K" if logits is None else logits.shape[1]
+    if value.dim() != 1 or (logits is not None and value.shape[0] != classes):
         raise ValueError(
-            f"class_weight: expected shape [{logits.shape[1]}], one for each class, "
+            f"class_weight: expected shape [{classes}], one for each class, "
             f"got {list(value.shape)}"
         )
     if value.dtype not in _FLOATS:
         raise TypeError(f"class_weight: expected a floating dtype, got {value.dtype}")
-    check_device("class_weight", value, logits.device)
+    if logits is not None:
+        check_device("class_weight", value, logits.device)
     if value.requires_grad:
         raise ValueError("class_weight: expected a constant, got a tensor that requires grad")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import co2s_fast.ops  # noqa: F401 - registers torch.ops.co2s
-from co2s_fast.losses._checks import check_logits, check_size
+from co2s_fast.losses._checks import check_flag, check_logits, check_size
 
 
 def softmax_confidence(
@@ -35,7 +35,8 @@ def softmax_confidence(
         lowest class; a pixel with a NaN logit has confidence NaN and label 0. No gradient.
 
     Raises:
-        TypeError: `logits` is no float tensor, `size` no pair of ints, or another label_dtype.
+        TypeError: `logits` is no float tensor, `size` no pair of ints, `align_corners` no bool, or
+            another label_dtype.
         ValueError: a wrong shape or size, or more classes than label_dtype holds.
 
     Source:
@@ -43,6 +44,7 @@ def softmax_confidence(
     """
     check_logits("logits", logits)
     height, width = logits.shape[2:] if size is None else check_size(size)
+    check_flag("align_corners", align_corners)
     if label_dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"label_dtype: expected torch.int64 or torch.uint8, found {label_dtype}")
     if label_dtype == torch.uint8 and logits.shape[1] > 255:

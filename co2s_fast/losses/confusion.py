@@ -8,6 +8,7 @@ from torch import Tensor
 import co2s_fast.ops  # noqa: F401 - registers torch.ops.co2s
 from co2s_fast.losses._checks import (
     check_device,
+    check_flag,
     check_logits,
     check_map,
     check_number,
@@ -49,6 +50,7 @@ def confusion_matrix(
     check_logits("logits", logits)
     check_map("target", target, logits, None, "integer")
     check_number("ignore_index", ignore_index, whole=True)
+    check_flag("align_corners", align_corners)
     classes = logits.shape[1]
     if out is None:
         out = torch.zeros(classes, classes, dtype=torch.int64, device=logits.device)

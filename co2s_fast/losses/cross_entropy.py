@@ -8,6 +8,7 @@ from torch import Tensor
 from co2s_fast.losses._checks import (
     check_class_weight,
     check_device,
+    check_flag,
     check_logits,
     check_map,
     check_number,
@@ -140,6 +141,7 @@ def _terms(
     size = target.shape[1:]
     check_threshold(threshold)
     check_number("ignore_index", ignore_index, whole=True)
+    check_flag("align_corners", align_corners)
     if confidence is not None:
         check_map("confidence", confidence, logits, size, "float")
         confidence = confidence.detach()

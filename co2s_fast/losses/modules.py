@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from co2s_fast.losses._checks import check_number, check_threshold
+from co2s_fast.losses._checks import (
+    check_class_weight,
+    check_flag,
+    check_number,
+    check_threshold,
+)
 from co2s_fast.losses.cross_entropy import REDUCTIONS, masked_cross_entropy
 from co2s_fast.losses.cutmix import CutMix
 from co2s_fast.losses.stability import stability_loss
@@ -38,6 +43,9 @@ class MaskedCrossEntropyLoss(nn.Module):
         super().__init__()
         check_threshold(threshold)
         check_number("ignore_index", ignore_index, whole=True)
+        check_flag("align_corners", align_corners)
+        if class_weight is not None:
+            check_class_weight(class_weight)
         if reduction not in REDUCTIONS:
             raise ValueError(
                 f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}"
@@ -96,6 +104,7 @@ class StabilityLoss(nn.Module):
         super().__init__()
         check_threshold(threshold)
         check_number("ignore_index", ignore_index, whole=True)
+        check_flag("align_corners", align_corners)
         self.threshold = threshold
         self.ignore_index = ignore_index
         self.align_corners = align_corners

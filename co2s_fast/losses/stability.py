@@ -7,6 +7,7 @@ from torch import Tensor
 
 from co2s_fast.losses._checks import (
     check_device,
+    check_flag,
     check_logits,
     check_map,
     check_number,
@@ -125,6 +126,7 @@ def _terms(
     check_device("logits_b", logits_b, logits_a.device)
     check_threshold(threshold)
     check_number("ignore_index", ignore_index, whole=True)
+    check_flag("align_corners", align_corners)
     if size is not None:
         size = check_size(size)
     if ignore_mask is not None:

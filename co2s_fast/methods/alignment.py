@@ -18,9 +18,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.methods.reduce import rank_and_world
 
-IGNORE = 255
 FLOOR = 1e-4  # of a frequency: a class that never occurs moves a logit by at most log(1 / FLOOR)
 
 

@@ -13,9 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.methods.reduce import rank_and_world
-
-IGNORE = 255
 
 
 class ClassThresholds(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.plan import PARTNER
 from co2s_fast.errors import UsageError
 from co2s_fast.losses import CutMix, softmax_confidence
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from co2s_fast.data import Batch
     from co2s_fast.models import Student
 
-IGNORE = 255
 PERTURBED = "fp"
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.methods.base import channel_keep_masks, step_generator
 from co2s_fast.methods.ramp import cosine_ramp
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from co2s_fast.data import Batch
     from co2s_fast.methods.co2s import Co2S
     from co2s_fast.models import Student
-
-IGNORE = 255
 
 
 def plain_co2s_losses(

@@ -243,48 +243,17 @@ def build_student(
     Raises:
         UsageError, DataError: a configuration or a file that cannot work.
     """
-    from co2s_fast.models.loading import (
-        build_clip_backbone,
-        build_timm_backbone,
-        checksum,
-        is_own_backbone,
-        licence_of,
-        load_strictly,
-        read_state_dict,
-    )
+    from co2s_fast.models.loading import checksum, is_own_backbone, licence_of
 
     if not load:
-        text = TextConfig(source="checkpoint")
-        bare = config.model_copy(update={"weights": None, "text": text})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RandomBackboneWarning)
-            student = build_student(bare, classes, seed=seed)
-        student.config = config
-        return student
+        return _without_weights(config, classes, seed)
     if not classes:
         raise UsageError("classes must not be empty")
+    fresh = config.weights is None or config.reinitialize
+    own = not fresh and is_own_backbone(config.weights)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        tower = None
-        fresh = config.weights is None or config.reinitialize
-        own = not fresh and is_own_backbone(config.weights)
-        conv = config.stem == "conv"
-        bare = config.model_copy(update={"weights": None}) if own or conv or fresh else config
-        if config.backbone == "clip":
-            backbone, tower = build_clip_backbone(bare)
-        else:
-            backbone = build_timm_backbone(bare)
-            if config.reinitialize:
-                reinitialize(backbone.model)
-        if conv and config.weights is not None and not own:
-            read_state_dict(config.weights)  # says where the file is missing or damaged
-            raise DataError(f"weights {config.weights}: expected a file of `co2s-fast pretrain`, "
-                            "which alone holds a convolutional stem")
-        if own:
-            state = read_state_dict(config.weights)
-            check_channels(state, config.channels, f"weights {config.weights}")
-            load_strictly(backbone, state, config.weights)
-        _override_eps(backbone, config.eps)
+        backbone, tower = _build_backbone(config, fresh=fresh, own=own)
         loaded = built = checksum(backbone)
         counts = {"tensors": len(backbone.state_dict()),
                   "parameters": sum(p.numel() for p in backbone.parameters())}  # fmt: skip
@@ -315,6 +284,52 @@ def build_student(
     if checksum(student.backbone) != built:
         raise RuntimeError("building the student changed the backbone's loaded weights")
     return student
+
+
+def _without_weights(config: StudentConfig, classes: Sequence[Named], seed: int) -> Student:
+    """A student that reads nothing, for a state dict that follows."""
+    text = TextConfig(source="checkpoint")
+    bare = config.model_copy(update={"weights": None, "text": text})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RandomBackboneWarning)
+        student = build_student(bare, classes, seed=seed)
+    student.config = config
+    return student
+
+
+def _build_backbone(
+    config: StudentConfig, *, fresh: bool, own: bool
+) -> tuple[nn.Module, nn.Module | None]:
+    """The backbone with its weights, and the text tower where they came with one.
+
+    `fresh`: it keeps its random weights; `own`: they come from a file of `co2s-fast pretrain`.
+    """
+    from co2s_fast.models.loading import (
+        build_clip_backbone,
+        build_timm_backbone,
+        load_strictly,
+        read_state_dict,
+    )
+
+    tower = None
+    conv = config.stem == "conv"
+    bare = config.model_copy(update={"weights": None}) if own or conv or fresh else config
+    if config.backbone == "clip":
+        backbone, tower = build_clip_backbone(bare)
+    else:
+        backbone = build_timm_backbone(bare)
+        if config.reinitialize:
+            reinitialize(backbone.model)
+    if conv and config.weights is not None and not own:
+        read_state_dict(config.weights)  # says where the file is missing or damaged
+        raise DataError(f"weights {config.weights}: expected a file of `co2s-fast pretrain`, "
+                        "which alone holds a convolutional stem")
+    if own:
+        state = read_state_dict(config.weights)
+        check_channels(state, config.channels, f"weights {config.weights}")
+        load_strictly(backbone, state, config.weights)
+    _override_eps(backbone, config.eps)
+    return backbone, tower
 
 
 def _override_eps(backbone: nn.Module, eps: float | None) -> None:

@@ -71,9 +71,10 @@ def write_comparison(runs: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def comparison_table(runs: Sequence[str | Path]) -> str:
-    """The means and spreads of `write_comparison` as plain text, mIoU in per cent."""
-    groups, _ = grouped([read_run(run) for run in dict.fromkeys(Path(run) for run in runs)])
-    names = _predictions([run for group in groups for run in group.runs])
+    """The means and spreads of `write_comparison` as plain text, mIoU in %, and its notes."""
+    opened = [read_run(run) for run in dict.fromkeys(Path(run) for run in runs)]
+    groups, _ = grouped(opened)
+    names = _predictions(opened)
     lines = [["mIoU in %, mean ± deviation", "runs",
               *(f"{name} {which}" for which in ("last", "best") for name in names)]]
     for group in groups:
@@ -81,8 +82,9 @@ def comparison_table(runs: Sequence[str | Path]) -> str:
         cells = [" ".join(row[which][name]).strip() for which in ("last", "best") for name in names]
         lines.append([row["label"], str(row["count"]), *cells])
     first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-    return "\n".join("  ".join([label.ljust(first), *map(str.rjust, cells, others)])
-                     for label, *cells in lines)
+    table = ["  ".join([label.ljust(first), *map(str.rjust, cells, others)])
+             for label, *cells in lines]  # fmt: skip
+    return "\n".join([*table, *_notes(opened, groups)])
 
 
 def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
@@ -135,11 +137,33 @@ def _label(run: Run, settings: dict[str, Any], differing: list[str]) -> str:
 
 
 def _distinct(groups: list[Group]) -> list[Group]:
-    labels = [group.label for group in groups]
-    for group in groups:
-        if labels.count(group.label) > 1:
-            group.label = f"{group.label} ({group.runs[0].name})"
+    """The groups, those of one label with their folders behind it."""
+    for label in {group.label for group in groups}:
+        same = [group for group in groups if group.label == label]
+        if len(same) < 2:
+            continue
+        for named in (_parent, _names, _paths):
+            names = [named(group) for group in same]
+            if len(set(names)) == len(names):
+                break
+        for group, name in zip(same, names, strict=True):
+            group.label = f"{label} ({name})"
     return groups
+
+
+def _parent(group: Group) -> str:
+    """The folder that holds a group's repetitions, where there is one; else as `_names`."""
+    parents = {run.folder.resolve().parent for run in group.runs}
+    several = len(group.runs) > 1 and len(parents) == 1
+    return parents.pop().name if several else _names(group)
+
+
+def _names(group: Group) -> str:
+    return ", ".join(run.name for run in group.runs)
+
+
+def _paths(group: Group) -> str:
+    return ", ".join(str(run.folder) for run in group.runs)
 
 
 def _predictions(runs: Sequence[Run]) -> list[str]:
@@ -220,8 +244,11 @@ def _notes(runs: Sequence[Run], groups: list[Group]) -> list[str]:
     unfinished = [run.name for run in runs if (run.step or 0) < (run.start.get("steps") or 0)]
     if unfinished:
         said.append(f"Not finished: {', '.join(unfinished)}.")
-    if all(len(group.runs) == 1 for group in groups) and len(runs) > 1:
+    once = [group.label for group in groups if len(group.runs) == 1]
+    if once and len(once) == len(groups) > 1:
         said.append("Each setting was run with one seed: differences may be chance.")
+    elif once and len(groups) > 1:
+        said.append(f"Run with one seed alone: {'; '.join(once)}. Differences may be chance.")
     return said
 
 

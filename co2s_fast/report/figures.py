@@ -61,7 +61,7 @@ def validation_figures(run: Run, names: list[str]) -> list[Figure]:
 
 def pseudo_label_figures(run: Run, students: list[str]) -> list[Figure]:
     """Accuracy and coverage: of the evaluations' own probe, else of the training batches."""
-    probed = any(record.get("pseudo") for record in run.evals)
+    probed = was_probed(run)
     found = []
     for key, flat_key in (("accuracy", "pseudo_accuracy"), ("coverage", "coverage")):
         caption = f"Pseudo-label {key}, %"
@@ -75,13 +75,29 @@ def pseudo_label_figures(run: Run, students: list[str]) -> list[Figure]:
     return found
 
 
+def was_probed(run: Run) -> bool:
+    """Whether an evaluation measured pseudo-labels of its own (`train.probe_images`)."""
+    return any(record.get("pseudo") for record in run.evals)
+
+
 def pseudo_text(run: Run) -> str:
     """What accuracy and coverage mean (Co2S, Eq. 12)."""
+    if not was_probed(run):
+        return (
+            "Coverage: share of the training batches' pixels that were taken; accuracy: share of "
+            "those that are right, where labels are known."
+        )
+    more = ""
+    if run.setting("method.class_thresholds"):
+        more = (
+            " Training takes more: there each class has a threshold of its own "
+            "(method.class_thresholds)."
+        )
     threshold = run.setting("method.threshold")
     level = "the confidence threshold" if threshold is None else f"confidence {threshold}"
     return (
         f"Coverage: share of pixels at or above {level}; accuracy: share of those that are right, "
-        "on unlabelled images whose labels are known."
+        f"on unlabelled images whose labels are known.{more}"
     )
 
 

@@ -180,7 +180,7 @@ def headline(run: Run, names: list[str]) -> list[dict[str, Any]]:
 
 def about(run: Run) -> list[tuple[str, str]]:
     """Label and value of what was run."""
-    start, evaluation = run.start, run.evaluation or {}
+    start, evaluation, ema = run.start, run.evaluation or {}, run.setting("train.ema")
     rows = [
         ("run folder", str(run.folder)),
         (
@@ -189,7 +189,6 @@ def about(run: Run) -> list[tuple[str, str]]:
             if run.config
             else "",
         ),
-        ("command", start.get("command", "")),
         ("method", run.method if run.config or start else ""),
         ("dataset", run.dataset),
         ("labelled share", _split(run)),
@@ -202,6 +201,10 @@ def about(run: Run) -> list[tuple[str, str]]:
             _joined(evaluation.get("checkpoint"), evaluation.get("step"), ", step "),
         ),
         ("best during training", f"step {run.best_record['step']:,}" if run.best_record else ""),
+        (
+            "scored weights",
+            f"moving averages of the students' weights (train.ema {ema:g})" if ema else "",
+        ),
         *(("note", str(note)) for note in start.get("notes", [])),
     ]
     return [(label, text) for label, text in rows if text]

@@ -272,6 +272,12 @@ def test_missing_data_says_what_to_fetch_and_run(tmp_path, monkeypatch):
     assert "co2s-fast data prepare potsdam --raw RAW_FOLDER --out data/potsdam" in message
 
 
+def test_missing_data_of_no_known_source_says_what_to_run(tmp_path):
+    config = DataConfig(dataset="mine.yaml", root=tmp_path / "no")
+    with pytest.raises(DataError, match=r"no/toy/images\): run `co2s-fast data prepare mine\.yaml"):
+        find_root(config, two_classes())
+
+
 def test_a_folder_says_what_it_holds(tree, tmp_path):
     root, spec = tree
     assert describe_root(root).class_names == spec.class_names

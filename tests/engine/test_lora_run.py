@@ -48,6 +48,9 @@ def test_stop_resume_evaluate_and_predict(content, stripes, tmp_path, stop_after
     record = read_metrics(whole / "metrics.jsonl")
     trained = record[0]["students"]["clip"]["trained_parameters"]
     assert f"{trained / 1e6:.2f} M parameters train" in printed
+    warned = [text for text in record[0]["warnings"] if "starts from random weights" in text]
+    assert [text.split(":")[0] for text in warned] == ["student clip", "student ssm"]
+    assert all(f"warning: {text}\n" in printed for text in warned)
     assert record[1]["lr/clip/adapters"] == pytest.approx(1e-3) and "lr/clip/backbone" not in record
     broken = {**content, "out": str(tmp_path / "broken")}
     stop_after(3, RunConfig.model_validate(broken))

@@ -14,6 +14,7 @@ from co2s_fast.losses import (
     masked_cross_entropy_terms,
     softmax_confidence,
     stability_loss,
+    stability_terms,
 )
 
 LOGITS = torch.zeros(2, 5, 4, 6)
@@ -125,7 +126,37 @@ WRONG = {
                 r"maps: expected shape \[B,H,W\]"),
     "module reduction": (lambda: MaskedCrossEntropyLoss(reduction="mean"), ValueError, "reduction"),
     "module threshold": (lambda: StabilityLoss(threshold=3), ValueError, "threshold: .*got 3"),
+    "module weight list": (lambda: MaskedCrossEntropyLoss(class_weight=[1.0] * 5), TypeError,
+                           "class_weight: .*got list"),
+    "module weight shape": (lambda: MaskedCrossEntropyLoss(class_weight=torch.ones(5, 1)),
+                            ValueError, r"class_weight: expected shape \[K\].*got \[5, 1\]"),
+    "module weight int": (lambda: MaskedCrossEntropyLoss(class_weight=torch.ones(5).int()),
+                          TypeError, "class_weight: .*floating.*got torch.int32"),
+    "module weight grad": (
+        lambda: MaskedCrossEntropyLoss(class_weight=torch.ones(5, requires_grad=True)),
+        ValueError, "class_weight: .*constant.*requires grad"),
 }  # fmt: skip
+
+
+WITH_CORNERS = {
+    "cross entropy": ce,
+    "terms": lambda **options: masked_cross_entropy_terms(LOGITS, LABEL, **options),
+    "stability": stability,
+    "stability terms": lambda **options: stability_terms(LOGITS, LOGITS, **options),
+    "confidence": lambda **options: softmax_confidence(LOGITS, **options),
+    "confusion": matrix,
+    "cross entropy module": MaskedCrossEntropyLoss,
+    "stability module": StabilityLoss,
+}
+
+
+@pytest.mark.parametrize("value", [None, 1, 0.0, "False", torch.tensor(True)])
+@pytest.mark.parametrize("name", WITH_CORNERS)
+def test_align_corners_is_a_bool(name, value):
+    """The operators would take 1, and say of the others what they are called in a schema."""
+    found = type(value).__name__
+    with pytest.raises(TypeError, match=f"^align_corners: expected True or False, got {found}$"):
+        WITH_CORNERS[name](align_corners=value)
 
 
 @pytest.mark.parametrize("name", WRONG)

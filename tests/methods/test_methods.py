@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from co2s_fast.errors import UsageError
 from co2s_fast.methods import METHODS, get_method
+from co2s_fast.methods.base import Method, MethodConfig
 from co2s_fast.methods.ramp import cosine_ramp
 
 
@@ -18,6 +21,45 @@ def test_every_listed_method_can_be_had_and_knows_its_name() -> None:
         assert method.Config().name == name
     with pytest.raises(UsageError, match="unknown name 'cosine'; expected one of co2s, onlysup"):
         get_method("cosine")
+
+
+class OwnConfig(MethodConfig):
+    name: Literal["own"] = "own"
+
+
+class Own(Method):
+    """As CONTRIBUTING says how one is written: both students learn the labels and the argmax."""
+
+    name: ClassVar[str] = "own"
+    Config: ClassVar[type[MethodConfig]] = OwnConfig
+    views: ClassVar[frozenset[str]] = frozenset({"x", "w"})
+
+    def forward(self, batch, step, total_steps):
+        terms = self.loss_terms()
+        for name, student in self.students.items():
+            self.add_supervised(terms, name, student(batch.x), batch.y)
+            weak = student(batch.w)
+            terms.add(f"{name}/w", 0.1, *self.cross_entropy(weak, weak.argmax(1)))
+        return terms.finish()
+
+
+def test_a_method_is_a_config_a_class_and_a_line(students, make_batch, monkeypatch) -> None:
+    monkeypatch.setitem(METHODS, "own", f"{__name__}:Own")
+    method_class = get_method("own")
+    method = method_class(students(), method_class.Config()).train()
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
+    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    out = method(make_batch(), 0, 10)
+    out["loss"].backward()
+    optimizer.step()
+    terms = {f"{student}/{term}" for student in ("clip", "ssm") for term in ("x", "w", "total")}
+    assert out.keys() == terms | {"loss"}
+    for student in ("clip", "ssm"):
+        expected = 0.5 * out[f"{student}/x"] + 0.1 * out[f"{student}/w"]
+        torch.testing.assert_close(out[f"{student}/total"], expected)
+        changed = [name for name, tensor in method.state_dict().items()
+                   if name.startswith(f"students.{student}.") and not before[name].equal(tensor)]
+        assert changed
 
 
 @pytest.mark.parametrize("total", [1, 5, 10, 37, 1000, 42560])

@@ -149,8 +149,9 @@ def test_imported_checkpoints_train_on_as_released(
     small = [part for text in ("train.steps=1", "train.tensorboard=false", "train.probe_images=0",
                                "data.workers=0", "train.lr=0.002", "train.backbone_multiplier=1")
              for part in ("--set", text)]  # fmt: skip
-    succeed("train", "--recipe", run / "config.yaml", "--out", run, "--resume", "--compat",
+    result = succeed("train", "--recipe", run / "config.yaml", "--out", run, "--resume", "--compat",
          "official-train", "--trainable", trainable, *small)  # fmt: skip
+    assert "starts from random weights" not in result.output
     config = read_run_config(run)
     assert config.compat == "official-train" and config.method.cutmix_partner == "same-image"
     record = next(r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train")

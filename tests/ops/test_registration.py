@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
 from co2s_fast import ops
 from co2s_fast.losses import CutMix, confusion_matrix, masked_cross_entropy, stability_loss
+from co2s_fast.ops import catalogue
 from co2s_fast.ops.masked_cross_entropy import masked_cross_entropy as cross_entropy_op
 from co2s_fast.ops.stability_loss import stability_loss as stability_op
 
@@ -25,6 +29,24 @@ def operators():
             (cross_entropy_op, torch.ops.co2s.masked_cross_entropy, 1, (*maps, True, 0)),
         "stability": (stability_op, torch.ops.co2s.stability_loss, 2, (*pair, True, True, True)),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", sorted({catalogue.stem(name) for name in catalogue.SCHEMAS}))
+def test_an_operator_has_its_files_and_its_lines(stem):
+    """The places that CONTRIBUTING lists under "Adding an op"."""
+    repository = Path(__file__).parents[2]
+    tree = ast.parse((repository / "co2s_fast/ops/__init__.py").read_text())
+    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
+                and node.module == "co2s_fast.ops" for alias in node.names}  # fmt: skip
+    assert stem in imported
+    files = [f"co2s_fast/ops/{stem}.py", f"kernels/{stem}.py", f"csrc/ops/{stem}.cpp",
+             f"csrc/ops/cuda/{stem}_kernel.cu", f"tests/ops/test_{stem}.py",
+             f"benchmarks/bench_{stem}.py"]  # fmt: skip
+    assert [file for file in files if not (repository / file).is_file()] == []
+    listed = (repository / "csrc/CMakeLists.txt").read_text().replace(")", " ").split()
+    native = [f"ops/{stem}.cpp", f"ops/cpu/{stem}_kernel.cpp"]
+    assert [file for file in native
+            if (repository / "csrc" / file).is_file() and file not in listed] == []  # fmt: skip
 
 
 @pytest.mark.parametrize("name", operators())

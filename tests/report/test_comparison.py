@@ -121,10 +121,11 @@ def test_an_evaluation_alone_is_scored(tmp_path):
 
 
 def test_settings_of_one_seed_each_are_said_to_be_so(runs, tmp_path):
-    said = "run with one seed: differences may be chance"
-    for members, expected in ((runs[2:4], True), (runs[1:4], False)):
-        text = text_of(write_comparison(members, tmp_path / "c.html"))
-        assert (said in text) is expected
+    every = "Each setting was run with one seed: differences may be chance."
+    some = "Run with one seed alone: onlysup. Differences may be chance."
+    for first, last, expected in ((2, 4, [every]), (1, 4, [some]), (0, 5, []), (0, 1, [])):
+        text = text_of(write_comparison(runs[first:last], tmp_path / "c.html"))
+        assert [said for said in (every, some) if said in text] == expected
 
 
 def test_a_run_given_twice_counts_once(runs, tmp_path):
@@ -162,14 +163,50 @@ def test_more_than_three_settings_are_too_many_for_a_label(tmp_path):
     assert [group.label for group in groups] == ["co2s (one)", "co2s (two)"]
 
 
+def made_twice(folders, settings):
+    """Two runs, of seeds 0 and 1, under each name; groups differ in a setting that one has."""
+    for number, (folder, own) in enumerate(zip(folders, settings, strict=True)):
+        make_run(folder, seed=number % 2, evaluated=False)
+        change(folder, "method", **own)
+    groups, _ = grouped([read_run(folder) for folder in folders])
+    assert [len(group.runs) for group in groups] == [2, 2]
+    return [group.label for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("plain/0", "plain/1", "new/0", "new/1"), ["co2s (plain)", "co2s (new)"]),
+        (("p0", "p1", "n0", "n1"), ["co2s (p0, p1)", "co2s (n0, n1)"]),
+        (("p0/a", "p1/b", "n0/a", "n0/c"), ["co2s (a, b)", "co2s (n0)"]),
+        (("p0/run", "p1/run", "n0/run", "n1/run"), None),
+    ],
+)
+def test_groups_of_one_label_are_named_by_the_folders_of_all_their_runs(tmp_path, names, expected):
+    folders = [tmp_path / name for name in names]
+    labels = made_twice(folders, [{}, {}, {"threshold": 0.7}, {"threshold": 0.7}])
+    if expected is None:  # neither parents nor names tell them apart
+        expected = [f"co2s ({a}, {b})" for a, b in (folders[:2], folders[2:])]
+    assert labels == expected
+
+
 def test_unfinished_unscored_and_other_datasets_are_said(runs, tmp_path):
     part = make_run(tmp_path / "part", steps=40, evaluated=False)
     lines = (runs[0] / "metrics.jsonl").read_text().replace('"dataset": "demo"', '"dataset": "x"')
     (runs[0] / "metrics.jsonl").write_text(lines)
-    text = text_of(write_comparison([runs[0], runs[1], part], tmp_path / "c.html"))
-    assert "different datasets" in text
-    assert "Not evaluated yet: part" in text
-    assert "Not finished: part" in text
+    members = [runs[0], runs[1], part]
+    for text in (text_of(write_comparison(members, tmp_path / "c.html")),
+                 comparison_table(members)):  # fmt: skip
+        assert "different datasets" in text
+        assert "Not evaluated yet: part" in text
+        assert "Not finished: part" in text
+
+
+def test_the_terminal_says_what_the_page_says(runs):
+    *table, note = comparison_table(runs[1:4]).splitlines()
+    assert len(table) == 3
+    assert note == "Run with one seed alone: onlysup. Differences may be chance."
+    assert len(comparison_table(runs).splitlines()) == 3  # nothing to say
 
 
 def test_spread_of_few_values():

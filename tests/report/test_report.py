@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 from invented import make_run
 
 from co2s_fast.engine.log import read_metrics
@@ -126,6 +128,37 @@ def test_a_run_without_pseudo_labels_and_with_one_student(tmp_path):
     assert "SSM" not in page.text
     assert "Disagreement" not in page.text
     assert len([i for i in page.images if i.startswith("data:image/svg")]) == 3 + 2 + 3
+
+
+def with_settings(folder, section, **settings):
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    content[section] |= settings
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return html.unescape(open_page(write_report(folder)).text)
+
+
+def test_thresholds_by_class_are_said_to_take_more(run_folder):
+    more = "Training takes more: there each class has a threshold of its own"
+    probed = "on unlabelled images whose labels are known."
+    text = with_settings(run_folder, "method", class_thresholds=0.0)
+    assert probed in text and more not in text
+    assert f"{probed} {more}" in with_settings(run_folder, "method", class_thresholds=1.0)
+
+
+def test_without_a_probe_the_curves_are_said_to_be_of_training(run_folder):
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    records = [{**json.loads(line), "pseudo": {}} for line in lines]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    text = with_settings(run_folder, "method", class_thresholds=1.0)
+    assert "share of the training batches' pixels that were taken" in text
+    assert "Pseudo-label coverage" in text
+    assert "at or above" not in text and "Training takes more" not in text
+
+
+def test_scored_averages_are_said_to_be_averages(run_folder):
+    said = "scored weights moving averages of the students' weights (train.ema 0.99)"
+    assert "scored weights" not in with_settings(run_folder, "train", ema=0.0)
+    assert said in with_settings(run_folder, "train", ema=0.99)
 
 
 def test_what_happened_on_the_way_is_told(tmp_path):
