@@ -170,10 +170,10 @@ def pseudo_label_quality(
             for name, student in students.items():
                 logits = image_logits(student, images, config, crop).coarse(*size)
                 confidence, predicted = softmax_confidence(logits, size)
+                right = predicted == labels
                 for column, level in enumerate(levels):
                     taken = valid & (confidence >= level)
-                    right = taken & (predicted == labels)
-                    counts[name][:, column] += torch.stack([right.sum(), taken.sum()])
+                    counts[name][:, column] += torch.stack([(taken & right).sum(), taken.sum()])
     if world > 1:
         for count in (pixels, *counts.values()):
             dist.all_reduce(count)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from co2s_fast.engine import distributed
-from co2s_fast.engine.footprint import RESERVE, Footprint, changes, fitting, footprint
+from co2s_fast.engine.footprint import GIB, RESERVE, Footprint, changes, fitting, footprint
 from co2s_fast.engine.inference import EvalConfig
 from co2s_fast.engine.log import say
 from co2s_fast.errors import UsageError
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from co2s_fast.engine.trainer import Trainer
     from co2s_fast.methods.base import Method
 
-GIB = 2**30
 T = TypeVar("T")
 
 
