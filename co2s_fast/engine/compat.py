@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from co2s_fast.methods import get_method
+
 if TYPE_CHECKING:
     from co2s_fast.engine.config import RunConfig
 
@@ -89,6 +91,9 @@ def _same_image(config: RunConfig) -> Settings:
 
 
 def _averages(config: RunConfig) -> Settings:
+    """Not of a method whose own teacher is an average."""
+    if get_method(config.method.name).teacher_decay:
+        return {}
     return {"train.ema": 0.0} | of_method(teacher="student")(config)
 
 

@@ -65,7 +65,8 @@ class TrainConfig(_Strict):
             `engine.footprint`. None: as configured.
         ema: decay of an exponential moving average of each student's weights (`engine.averages`),
             e.g. 0.99; it is what is evaluated, kept as `best`, predicted with and exported, in
-            place of the weights of one step. 0, as the paper has it: none.
+            place of the weights of one step. 0, as the paper has it: none, but with a method whose
+            teacher is an average of its own (u2pl, muca), which then has its own decay, 0.99.
         power, warmup_steps: polynomial decay, and a linear warm-up (none by default).
         device: "auto" takes CUDA where there is one.
         precision: "auto" is bfloat16 autocast on CUDA and float32 on the CPU.
@@ -202,6 +203,9 @@ class RunConfig(_Strict):
     def _averages_can_teach(self) -> RunConfig:
         if getattr(self.method, "teacher", "student") == "average" and not self.train.ema:
             raise ValueError("method.teacher: 'average' needs train.ema > 0 (e.g. 0.99), found 0")
+        decay = get_method(self.method.name).teacher_decay
+        if decay and not self.train.ema:
+            self.train = self.train.model_copy(update={"ema": decay})
         return self
 
     @property

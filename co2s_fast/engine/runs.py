@@ -130,7 +130,7 @@ def run_state(
     }
 
 
-def all_finite(students: dict[str, nn.Module]) -> bool:
+def all_finite(module: nn.Module) -> bool:
     """Whether every trained parameter is finite; one synchronisation for all of them."""
-    trained = [p.detach() for s in students.values() for p in s.parameters() if p.requires_grad]
+    trained = [p.detach() for p in module.parameters() if p.requires_grad]
     return bool(torch.isfinite(torch.stack(torch._foreach_norm(trained))).all())

@@ -87,6 +87,8 @@ def describe(trainer: Trainer) -> dict[str, Any]:
             name: {**student.provenance, "trained_parameters": student.trainable_count()}
             for name, student in trainer.students.items()
         },
+        "method_parameters": sum(p.numel() for group in trainer.method.own_parameters().values()
+                                 for p in group),
         "labeled_pixels": pixels,
         "memory": trainer.memory.record(),
         "class_weight": weighting(trainer),
@@ -118,6 +120,8 @@ def headline(trainer: Trainer, record: dict[str, Any]) -> str:
                 f"student {name}: patch projection inflated to {student['channels']} channels: "
                 f"{', '.join(trainer.config.students[name].bands or ('RGB',))}"
             )
+    if own := record["method_parameters"]:
+        lines.append(f"method {record['method']}: {own / 1e6:.2f} M parameters of its own train")
     if trainer.memory.footprint is not None:
         lines.append(str(trainer.memory))
     if ema := trainer.config.train.ema:

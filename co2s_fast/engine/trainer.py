@@ -206,7 +206,8 @@ class Trainer:
             )
 
     def _setup_optimizer(self) -> None:
-        self.optimizer = build_optimizer(self.students, self.config.train)
+        self.optimizer = build_optimizer(self.students, self.config.train,
+                                         self.method.own_parameters())
 
     def _lock_folder(self) -> None:
         if self.ranks.is_main:
@@ -333,6 +334,8 @@ class Trainer:
         # Whatever still draws from torch's own generator is then a function of the step, too.
         torch.manual_seed(start.step_seed(self.config.seed, self.step, self.ranks.rank))
         set_learning_rates(self.optimizer, self.lr_factor(self.step))
+        with torch.no_grad():
+            self.method.before_step(self.step, self.steps_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
         self.meter.add(self._add_gradients(batch))
         self.optimizer.step()
@@ -445,7 +448,7 @@ class Trainer:
     def _write(self, which: str, arrays: dict[str, dict[str, torch.Tensor]], state: dict) -> None:
         """Write a checkpoint, once it is known that nothing in it is NaN."""
         self.guard.check()
-        if not all_finite(self.students):
+        if not all_finite(self.method):
             raise NonFiniteLossError(
                 f"a weight is not finite after step {self.step}, though every loss was; the run "
                 "stopped, its checkpoints are from before"

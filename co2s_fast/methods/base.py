@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -51,6 +52,8 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     views: ClassVar[frozenset[str]]
     """Which of "x", "w", "s1", "s2" the input pipeline has to make."""
+    teacher_decay: ClassVar[float] = 0.0
+    """Of the averages that teach, where `train.ema` asks for none; 0: it can do without."""
     parts: int = 1
     """How many parts a step's batch comes in, one call of `forward` each; see `take_parts`."""
 
@@ -92,6 +95,34 @@ class Method(nn.Module, ABC):
         evaluation mode. Without `train.ema` they are the students themselves.
         """
         self.averages = dict(averages)
+
+    def before_step(self, step: int, steps_per_epoch: int) -> None:
+        """Be told, outside of autograd, that step `step` (from 0) is next; once a step.
+
+        For what a method changes between updates: averages of its own modules, say, or a head that
+        another one replaces at the end of an epoch. It comes after the evaluation and the
+        checkpoint of the steps before, so a resumed run is told the same.
+
+        Args:
+            step: updates made so far.
+            steps_per_epoch: updates in a pass over the unlabelled images.
+        """
+
+    def own_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """What learns beside the students, as "<student>/<module>" -> parameters.
+
+        Modules of a method stand in an `nn.ModuleDict` of it, by name of student; they learn at the
+        decoder's rate.
+        """
+        found = {}
+        for name, modules in self.named_children():
+            if name == "students" or not isinstance(modules, nn.ModuleDict):
+                continue
+            for student, module in modules.items():
+                learns = [p for p in module.parameters() if p.requires_grad]
+                if learns:
+                    found[f"{student}/{name}"] = learns
+        return found
 
     @abstractmethod
     def forward(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
@@ -146,6 +177,37 @@ class Method(nn.Module, ABC):
         among = f"{world} processes"
         return among if self.parts == 1 else f"{among} in {self.parts} parts (train.accumulate)"
 
+    def add_value(self, terms: LossTerms, key: str, weight: float, value: Tensor) -> None:
+        """Add a term that is no mean over pixels; the step's is the mean over processes and parts.
+
+        Args:
+            terms: the collection.
+            key: "<student>/<term>".
+            weight: its factor in the loss.
+            value: differentiable scalar of this process's part.
+        """
+        if self.config.mean_shards > 1:
+            value = value.expand(self.local_shards())
+        terms.add(key, weight, value, torch.ones_like(value, dtype=torch.int64))
+
+    def add_pixels(
+        self, terms: LossTerms, key: str, weight: float, losses: Tensor, counted: Tensor
+    ) -> None:
+        """Add the sum of a map of losses over the number of the pixels that count.
+
+        Args:
+            terms: the collection.
+            key: "<student>/<term>".
+            weight: its factor in the loss.
+            losses: differentiable, [B, H, W]; 0 where a pixel contributes nothing.
+            counted: bool [B, H, W], the pixels of the divisor.
+        """
+        if self.config.mean_shards == 1:
+            terms.add(key, weight, losses.sum(), counted.sum())
+            return
+        shards = self.local_shards()
+        terms.add(key, weight, losses.view(shards, -1).sum(1), counted.view(shards, -1).sum(1))
+
     def loss_terms(self) -> LossTerms:
         """An empty collection of terms with this method's denominators."""
         return LossTerms(self.config.mean_shards, self.parts)
@@ -192,6 +254,14 @@ def step_generator(*parts: int) -> torch.Generator:
     seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     # torch takes seeds as signed 64-bit numbers.
     return torch.Generator().manual_seed(int(seed) >> 1)
+
+
+@contextmanager
+def seeded_init(*parts: int) -> Iterator[None]:
+    """Within the block, initial weights are a function of the given numbers alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(step_generator(*parts).initial_seed())
+        yield
 
 
 def channel_keep_masks(

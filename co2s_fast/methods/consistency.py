@@ -14,13 +14,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.plan import PARTNER
 from co2s_fast.errors import UsageError
-from co2s_fast.losses import CutMix, softmax_confidence
+from co2s_fast.losses import CutMix
 from co2s_fast.methods.alignment import DistributionAlignment
-from co2s_fast.methods.base import Method, MethodConfig, channel_keep_masks, step_generator
+from co2s_fast.methods.base import MethodConfig, channel_keep_masks, step_generator
 from co2s_fast.methods.class_thresholds import ClassThresholds
+from co2s_fast.methods.pseudo_labels import CountsPseudoLabels, pseudo_labels_of
 from co2s_fast.methods.ramp import cosine_ramp
 from co2s_fast.methods.reduce import LossTerms, rank_and_world
 
@@ -80,7 +80,7 @@ class ConsistencyConfig(MethodConfig):
         return self
 
 
-class ConsistencyMethod(Method):
+class ConsistencyMethod(CountsPseudoLabels):
     """L = ½ L_sup + Σ weight · H(view), with H as in design section 3, for each student."""
 
     config: ConsistencyConfig
@@ -139,7 +139,8 @@ class ConsistencyMethod(Method):
                 )
                 weight = ramp * getattr(self.config, f"{view}_weight")
                 terms.add(f"{name}/{view}", weight, total, valid)
-            counts.update(self.count_pseudo_labels(name, confidence, label, batch))
+            chosen = confidence >= self.config.threshold
+            counts.update(self.count_pseudo_labels(name, chosen, label, batch))
         self.add_joint_terms(terms, logits, batch, step, total_steps)
         return {**terms.finish(), **counts}
 
@@ -240,42 +241,6 @@ class ConsistencyMethod(Method):
             sizes.append(len(batch.w))
         return dict(zip(names, student.decode(features).split(sizes), strict=True))
 
-    @torch.no_grad()
-    def count_pseudo_labels(
-        self, name: str, confidence: Tensor, label: Tensor, batch: Batch
-    ) -> dict[str, Tensor]:
-        """Counts behind coverage, classes of pseudo-labels and, with labels, accuracy (Eq. 12)."""
-        confident = confidence >= self.config.threshold
-        valid = torch.ones_like(confident) if batch.ignore is None else batch.ignore != IGNORE
-        confident = confident & valid
-        counts = {f"{name}/pseudo_valid": valid.sum(), f"{name}/pseudo_confident": confident.sum()}
-        if batch.truth is not None:
-            known = confident & (batch.truth != IGNORE)
-            counts[f"{name}/pseudo_known"] = known.sum()
-            counts[f"{name}/pseudo_correct"] = (known & (label == batch.truth)).sum()
-        # One pass a class over bytes: no synchronisation, and no atomics on a handful of addresses.
-        chosen = torch.where(confident, label, IGNORE).to(torch.uint8)
-        for index, key in enumerate(self.class_counts()[name]):
-            counts[key] = (chosen == index).sum()
-        return counts
-
-    def class_counts(self) -> dict[str, list[str]]:
-        """See `Method.class_counts`."""
-        return {
-            name: [f"{name}/pseudo_class_{k}" for k in range(student.num_classes)]
-            for name, student in self.students.items()
-        }
-
-    def ratios(self) -> dict[str, tuple[str, str]]:
-        """Coverage (share of valid pixels over τ) and pseudo-label accuracy of each student."""
-        ratios = {}
-        for name in self.students:
-            confident = f"{name}/pseudo_confident"
-            ratios[f"coverage/{name}"] = (confident, f"{name}/pseudo_valid")
-            known = f"{name}/pseudo_known"
-            ratios[f"pseudo_accuracy/{name}"] = (f"{name}/pseudo_correct", known)
-        return ratios
-
     def check_batch(self, batch_size: int, world: int) -> list[str]:
         """See `Method.check_batch`."""
         warnings = super().check_batch(batch_size, world)
@@ -300,14 +265,6 @@ class ConsistencyMethod(Method):
                 "train.accumulate"
             )
         return warnings
-
-
-def pseudo_labels_of(logits: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence and label of every pixel of `images`, labels as bytes where they fit."""
-    fits = logits.shape[1] <= IGNORE
-    return softmax_confidence(
-        logits, size=images.shape[-2:], label_dtype=torch.uint8 if fits else torch.int64
-    )
 
 
 def mix_with_mates(

@@ -50,12 +50,14 @@ def make_batch(device: str) -> Batch:
 class TrainerOfOneMethod(Trainer):
     """What `Trainer._make_step` needs, without data, folders and checkpoints."""
 
+    steps_per_epoch = 5
+
     def __init__(self, method: nn.Module, fused: bool, accumulate: int = 1) -> None:
         self.step, self.total_steps = 5, 10
         train = SimpleNamespace(debug_steps=0, power=0.9, warmup_steps=0, accumulate=accumulate)
         self.config = SimpleNamespace(train=train, seed=0)
         self.ranks = SimpleNamespace(rank=0, world=1)
-        self.step_module = method
+        self.step_module, self.method = method, getattr(method, "method", method)
         parameters = [p for p in method.parameters() if p.requires_grad]
         groups = [{"params": parameters, "lr": 1e-3, "initial_lr": 1e-3}]
         self.optimizer = torch.optim.AdamW(groups, fused=fused)
