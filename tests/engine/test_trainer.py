@@ -19,6 +19,7 @@ from co2s_fast.engine.meter import NonFiniteLossError
 from co2s_fast.engine.runs import load_run
 from co2s_fast.engine.trainer import Trainer, train
 from co2s_fast.errors import DataError, UsageError
+from co2s_fast.methods import METHODS
 
 TIMING = {"images_per_s", "data_wait_s", "seconds"}
 
@@ -228,7 +229,7 @@ def test_a_run_can_be_opened_again(run_content) -> None:
         load_run(folder.parent)
 
 
-@pytest.mark.parametrize("method", ["onlysup", "unimatch", "fixmatch"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(run_content, method) -> None:
     folder = start({**run_content(steps=2, eval_every=2), "method": {"name": method}})
     record = read_metrics(folder / "metrics.jsonl")[1]

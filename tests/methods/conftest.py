@@ -75,7 +75,7 @@ def make_method(students):
 
     def build(name: str = "co2s", seed: int = 3, **options):
         method_class = get_method(name)
-        if name != "onlysup":
+        if "threshold" in method_class.Config.model_fields:
             options.setdefault("threshold", 0.35)
         return method_class(students(seed), method_class.Config(**options), seed=seed).train()
 
