@@ -15,8 +15,8 @@ def train_record(trainer: Trainer) -> tuple[dict[str, Any], list[str]]:
     """Fetch the sums of a window; every rank must call.
 
     Returns:
-        The record: mean of each loss term, the method's ratios, each student's pseudo-labels by
-        class, learning rates, speed; and warnings to give.
+        The record: mean of each loss term, the method's ratios, each student's pseudo-labels and
+        confidence by class, learning rates, speed; and warnings to give.
     """
     method, config = trainer.method, trainer.config
     sums, steps = trainer.meter.fetch(), trainer.meter.steps
@@ -24,6 +24,7 @@ def train_record(trainer: Trainer) -> tuple[dict[str, Any], list[str]]:
                 for student, keys in method.class_counts().items()}
     counted = {key for pair in method.ratios().values() for key in pair}
     counted |= {key for keys in method.class_counts().values() for key in keys}
+    counted |= {key for pairs in method.class_means().values() for pair in pairs for key in pair}
     terms = {key: value / steps for key, value in sums.items() if key not in counted}
     record: dict[str, Any] = {"kind": "train", "step": trainer.step, "epoch": trainer.epoch}
     record |= {f"loss/{key}": value for key, value in terms.items()}
@@ -34,6 +35,10 @@ def train_record(trainer: Trainer) -> tuple[dict[str, Any], list[str]]:
         record[f"pseudo_share/{student}"] = {
             name: count / total if total else None
             for name, count in zip(trainer.spec.class_names, counts, strict=True)}
+    for student, pairs in method.class_means().items():
+        record[f"confidence/{student}"] = {
+            name: sums[total] / sums[count] if sums.get(count) else None
+            for name, (total, count) in zip(trainer.spec.class_names, pairs, strict=True)}
     factor = trainer.lr_factor(trainer.step - 1)
     groups = trainer.optimizer.param_groups
     record |= {f"lr/{group['name']}": group["initial_lr"] * factor for group in groups}

@@ -130,7 +130,8 @@ class Method(nn.Module, ABC):
 
         Returns:
             "loss", to be backpropagated; "<student>/<term>" and "<student>/total", detached, this
-            rank's share of the global value; counts named in `ratios` and `class_counts`.
+            rank's share of the global value; counts named in `ratios`, `class_counts` and
+            `class_means`.
         """
 
     def losses(self, batch: Batch, step: int, total_steps: int) -> dict[str, Tensor]:
@@ -147,6 +148,10 @@ class Method(nn.Module, ABC):
 
     def class_counts(self) -> dict[str, list[str]]:
         """Keys of the counts of pseudo-labelled pixels, one a class, by student."""
+        return {}
+
+    def class_means(self) -> dict[str, list[tuple[str, str]]]:
+        """Keys of the sum and the count behind a mean confidence, one pair a class, by student."""
         return {}
 
     def check_batch(self, batch_size: int, world: int) -> list[str]:

@@ -10,17 +10,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.data.plan import PARTNER
 from co2s_fast.errors import UsageError
 from co2s_fast.losses import CutMix
 from co2s_fast.methods.alignment import DistributionAlignment
 from co2s_fast.methods.base import MethodConfig, channel_keep_masks, step_generator
 from co2s_fast.methods.class_thresholds import ClassThresholds
-from co2s_fast.methods.pseudo_labels import CountsPseudoLabels, pseudo_labels_of
+from co2s_fast.methods.pseudo_labels import CountsPseudoLabels, pseudo_labels_of, real_pixels
 from co2s_fast.methods.ramp import cosine_ramp
 from co2s_fast.methods.reduce import LossTerms, rank_and_world
 
@@ -121,7 +123,7 @@ class ConsistencyMethod(CountsPseudoLabels):
             name: self.student_logits(index, student, batch, step)
             for index, (name, student) in enumerate(self.students.items())
         }
-        terms, counts = self.loss_terms(), {}
+        terms, counts, labels = self.loss_terms(), {}, []
         ramp = cosine_ramp(step, total_steps, 1.0, self.config.consistency_ramp)
         for name, views in logits.items():
             self.add_supervised(terms, name, views["x"], batch.y)
@@ -141,6 +143,9 @@ class ConsistencyMethod(CountsPseudoLabels):
                 terms.add(f"{name}/{view}", weight, total, valid)
             chosen = confidence >= self.config.threshold
             counts.update(self.count_pseudo_labels(name, chosen, label, batch))
+            counts.update(self.sum_confidences(name, confidence, label, batch))
+            labels.append(label)
+        counts.update(self.count_agreement(labels, batch))
         self.add_joint_terms(terms, logits, batch, step, total_steps)
         return {**terms.finish(), **counts}
 
@@ -240,6 +245,47 @@ class ConsistencyMethod(CountsPseudoLabels):
             names.append(PERTURBED)
             sizes.append(len(batch.w))
         return dict(zip(names, student.decode(features).split(sizes), strict=True))
+
+    @torch.no_grad()
+    def sum_confidences(
+        self, name: str, confidence: Tensor, label: Tensor, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Sums of confidence, and counts of the pixels, by class; see `class_means`.
+
+        Of every fourth pixel of every fourth row: a mean of that many is as good for a log.
+        """
+        few = np.s_[:, ::4, ::4]
+        classes, confidence = real_pixels(label, batch)[few], confidence[few]
+        keys, found = self.class_means()[name], {}
+        for index, (total, count) in enumerate(keys):
+            of_class = classes == index
+            found[total] = torch.where(of_class, confidence, 0).sum(dtype=torch.float64)
+            found[count] = of_class.sum()
+        return found
+
+    @torch.no_grad()
+    def count_agreement(self, labels: list[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Pixels of the unlabelled images that all students give one class, sure or not."""
+        if len(labels) < 2:
+            return {}
+        same = torch.stack([each == labels[0] for each in labels[1:]]).all(0)
+        if batch.ignore is not None:
+            same &= batch.ignore != IGNORE
+        return {"pseudo_agree": same.sum()}
+
+    def class_means(self) -> dict[str, list[tuple[str, str]]]:
+        """See `Method.class_means`: the mean confidence of the pixels predicted as each class."""
+        return {
+            name: [(f"{name}/confidence_{k}", f"{name}/predicted_{k}")
+                   for k in range(student.num_classes)]
+            for name, student in self.students.items()
+        }  # fmt: skip
+
+    def ratios(self) -> dict[str, tuple[str, str]]:
+        """Coverage and accuracy of each student's, and how often the students agree."""
+        first, *others = self.students
+        agreement = {"agreement": ("pseudo_agree", f"{first}/pseudo_valid")} if others else {}
+        return super().ratios() | agreement
 
     def check_batch(self, batch_size: int, world: int) -> list[str]:
         """See `Method.check_batch`."""

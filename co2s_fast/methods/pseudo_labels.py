@@ -61,6 +61,11 @@ class CountsPseudoLabels(Method):
         return ratios
 
 
+def real_pixels(label: Tensor, batch: Batch) -> Tensor:
+    """Labels [B, H, W] with `IGNORE` in the padding of the unlabelled crops."""
+    return label if batch.ignore is None else torch.where(batch.ignore == IGNORE, IGNORE, label)
+
+
 def pseudo_labels_of(logits: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Confidence and label of every pixel of `images`, labels as bytes where they fit."""
     fits = logits.shape[1] <= IGNORE

@@ -32,12 +32,13 @@ def figures(run: Run, names: list[str]) -> list[dict[str, Any]]:
     pseudo = pseudo_label_figures(run, students)
     groups = [
         ("Validation and pseudo-labels", pseudo_text(run) if pseudo else "",
-         validation_figures(run, names) + pseudo, threshold_table(run, students)),
-        ("Loss terms", "", loss_figures(run, students), None),
-        ("Schedule and throughput", "", throughput_figures(run, students), None),
+         validation_figures(run, names) + pseudo,
+         threshold_table(run, students), pseudo_class_table(run, students)),
+        ("Loss terms", "", loss_figures(run, students), None, None),
+        ("Schedule and throughput", "", throughput_figures(run, students), None, None),
     ]  # fmt: skip
-    return [{"title": title, "text": text, "figures": found, "table": table}
-            for title, text, found, table in groups if found]  # fmt: skip
+    return [{"title": title, "text": text, "figures": found, "table": table, "classes": classes}
+            for title, text, found, table, classes in groups if found]  # fmt: skip
 
 
 def threshold_table(run: Run, students: list[str]) -> dict[str, Any] | None:
@@ -72,7 +73,24 @@ def pseudo_label_figures(run: Run, students: list[str]) -> list[Figure]:
         else:
             paths = {name: (f"{flat_key}/{name}",) for name in students}
             found += _figure(caption, paths, run.train, scale=100, smooth=True, y_from_zero=zero)
+    x, y = series(run.train, "agreement", scale=100)
+    if x:
+        found.append(("Pixels of the unlabelled images on which the students agree, %",
+                      curve([Line(x, y, "#5b6270", smooth=True)])))
     return found
+
+
+def pseudo_class_table(run: Run, students: list[str]) -> dict[str, Any] | None:
+    """Share among a student's pseudo-labels and mean confidence by class, of the last record."""
+    last = run.train[-1] if run.train else {}
+    names = [name for name in students if last.get(f"confidence/{name}")]
+    if not names:
+        return None
+    keys = [f"{kind}/{name}" for name in names for kind in ("pseudo_share", "confidence")]
+    classes = last[keys[0]]
+    rows = [{"class": label, "values": [last[key].get(label) for key in keys]} for label in classes]
+    return {"names": [SHORT_NAMES.get(name, name) for name in names], "rows": rows,
+            "step": last["step"]}
 
 
 def was_probed(run: Run) -> bool:

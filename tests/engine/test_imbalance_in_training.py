@@ -42,6 +42,9 @@ def test_what_was_chosen_is_said_and_logged(content, capsys) -> None:
     assert rarest == max(NAMES, key=weights["weights"].get) == max(NAMES, key=odds["classes"].get)
     for student in ("clip", "ssm"):
         shares = second[f"pseudo_share/{student}"]
+        sure = second[f"confidence/{student}"]
+        assert sure.keys() == shares.keys() and any(sure.values())
+        assert all(value is None or 1 / 3 <= value <= 1 for value in sure.values())
         assert list(shares) == NAMES and sum(shares.values()) == pytest.approx(1)
     said = capsys.readouterr().err
     assert "class weights in the supervised loss (median-frequency): field" in said

@@ -167,6 +167,36 @@ def test_pseudo_label_counts(make_method, make_batch) -> None:
             assert abs(count - int((sure & (label == k)).sum())) <= 2
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_confidence_by_class_and_agreement(make_method, make_batch, padded) -> None:
+    method, batches = make_method("co2s"), [make_batch(), make_batch()]
+    for batch in batches:
+        batch.ignore = batch.ignore if padded else None
+    out, batch = method(batches[0], 0, 10), batches[1]
+    real = torch.ones(4, 64, 64, dtype=torch.bool) if not padded else batch.ignore != 255
+    labels = []
+    for name, student in method.students.items():
+        logits = F.interpolate(student(batch.w), batch.y.shape[1:], mode="bilinear")
+        confidence, label = logits.softmax(1).max(1)
+        for k, (total, count) in enumerate(method.class_means()[name]):
+            of_class = (real & (label == k))[:, ::4, ::4]
+            assert abs(int(out[count]) - int(of_class.sum())) <= 2
+            mean = float(confidence[:, ::4, ::4][of_class].detach().mean())
+            assert float(out[total]) / int(out[count]) == pytest.approx(mean, rel=1e-3)
+        labels.append(label)
+    same = real & (labels[0] == labels[1])
+    assert 0 < int(same.sum()) < int(real.sum())
+    assert abs(int(out["pseudo_agree"]) - int(same.sum())) <= 4
+    assert method.ratios()["agreement"] == ("pseudo_agree", "clip/pseudo_valid")
+
+
+def test_one_student_agrees_with_nobody(students, make_batch) -> None:
+    method_class = get_method("fixmatch")
+    method = method_class({"ssm": students()["ssm"]}, method_class.Config())
+    assert "agreement" not in method.ratios()
+    assert "pseudo_agree" not in method(make_batch(), 0, 10)
+
+
 def test_counts_of_correct_labels_need_labels(make_method, make_batch) -> None:
     batch = make_batch()
     batch.truth = None

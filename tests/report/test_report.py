@@ -56,7 +56,7 @@ def test_a_whole_run_has_every_section_and_nothing_outside(reported):
     assert all(address.startswith("data:image/") for address in page.addresses)
     assert "http" not in re.sub(r"data:[^\"]+", "", path.read_text())
     curves = [image for image in page.images if image.startswith("data:image/svg")]
-    assert len(curves) == 3 + 6 + 3
+    assert len(curves) == 4 + 6 + 3
     assert len(page.images) - len(curves) == 4 * 6
     for said in (
         "co2s on demo", "8 labelled, 248 unlabelled, 64 validation images", "seed 0",
@@ -238,3 +238,13 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
         write_report(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="found none of them"):
         write_report(tmp_path)
+
+
+def test_pseudo_labels_by_class_and_agreement_are_shown(run_folder):
+    page = open_page(write_report(run_folder))
+    text = html.unescape(page.text)
+    assert "Pixels of the unlabelled images on which the students agree, %" in text
+    assert "the class's share of them" in text
+    rows = text.partition("the class's share of them")[2].partition("Loss terms")[0]
+    assert "field 75.0 62.5 75.0 62.5" in rows and "road 0.0 n/a 0.0 n/a" in rows
+    assert "wood 25.0 87.5 25.0 88.5" in rows
