@@ -88,6 +88,9 @@ class TrainConfig(_Strict):
         debug_steps: first steps with range checks of the losses' inputs, which cost a
             synchronisation each.
         deterministic: ask torch for deterministic kernels wherever it has them.
+        nonfinite: "stop" ends the run where a loss is NaN or infinite; "skip" leaves such a step
+            out, and one whose gradients are not finite, and ends the run at ten in a row. To know
+            before the weights change, every step then waits for the device.
         tensorboard: write event files beside metrics.jsonl.
     """
 
@@ -119,6 +122,7 @@ class TrainConfig(_Strict):
     probe_images: int = Field(default=32, ge=0)
     debug_steps: int = Field(default=2, ge=0)
     deterministic: bool = False
+    nonfinite: Literal["stop", "skip"] = "stop"
     tensorboard: bool = True
 
     @field_validator("gpu_memory", mode="before")
@@ -431,7 +435,7 @@ def dump_config(config: RunConfig) -> str:
 # the rounding of sums where images go through in other groups.
 RESUMABLE = {"out", "compat", "data.root", "data.workers", "data.max_damaged", "train.device",
              "train.backend", "train.tensorboard", "train.log_every", "train.save_every",
-             "train.debug_steps", "train.gpu_memory", "eval.batch_windows",
+             "train.debug_steps", "train.gpu_memory", "train.nonfinite", "eval.batch_windows",
              "eval.panels"}  # fmt: skip
 _CHECKPOINTING = re.compile(r"students\.[^.]+\.(decoder\.)?gradient_checkpointing")
 

@@ -98,6 +98,14 @@ class FiniteGuard:
         Raises:
             NonFiniteLossError: with the same message on every rank.
         """
+        if found := self.fetch():
+            raise NonFiniteLossError(
+                f"{found}. The run stopped; its checkpoints are from before. --resume --set "
+                "train.nonfinite=skip leaves out what is not finite"
+            )
+
+    def fetch(self) -> str | None:
+        """What was not finite first, the same on every rank; every rank must call."""
         mine = None
         if self._first is not None:
             steps = self._first.tolist()
@@ -105,8 +113,7 @@ class FiniteGuard:
                 mine = (min(steps), self._describe(steps))
         found = [each for each in gather_objects(mine) if each is not None]
         self._first, self._files = None, {}
-        if found:
-            raise NonFiniteLossError(min(found)[1])
+        return min(found)[1] if found else None
 
     def _describe(self, steps: list[int]) -> str:
         first = min(steps)
@@ -116,5 +123,5 @@ class FiniteGuard:
         files = ", ".join(self._files.get(first, [])) or "unknown"
         return (
             f"loss term {', '.join(terms)} is not finite at step {first + 1}; the images of that "
-            f"batch: {files}. The run stopped; its checkpoints are from before"
+            f"batch: {files}"
         )

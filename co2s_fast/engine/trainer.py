@@ -51,6 +51,7 @@ from co2s_fast.engine.runs import (
     student_arrays,
 )
 from co2s_fast.engine.schedule import poly_factor, set_learning_rates
+from co2s_fast.engine.skips import Skips
 from co2s_fast.engine.window import train_record
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.methods import get_method
@@ -136,7 +137,10 @@ class Trainer:
     def _setup_device(self) -> None:
         self.ranks, self.device, self.autocast = open_device(self.config.train)
         self.resources.enter_context(chosen_backend(self.config.train.backend, self.device))
-        self.guard = FiniteGuard(eager=self.device.type == "cpu" and self.ranks.world == 1)
+        skips = self.config.train.nonfinite == "skip"
+        alone = self.device.type == "cpu" and self.ranks.world == 1
+        self.guard = FiniteGuard(eager=alone and not skips)
+        self.skips = Skips(self.guard) if skips else None
         torch.manual_seed(self.config.seed)
 
     def _setup_data(self, resume: bool) -> None:
@@ -272,6 +276,8 @@ class Trainer:
         self.step = state["step"]
         self.best = self._best_of(state["best"])
         self.damage.restore(state.get("damaged", {}))
+        if self.skips is not None:
+            self.skips.restore(state.get("skips", {}))
         # As counted when the run began: a label that has broken since must change nothing.
         self.split.pixels = checkpoint.read_arrays(folder, state, "split")["pixels"].numpy()
         self._count_classes()
@@ -337,8 +343,14 @@ class Trainer:
         with torch.no_grad():
             self.method.before_step(self.step, self.steps_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        self.meter.add(self._add_gradients(batch))
-        self.optimizer.step()
+        outputs = self._add_gradients(batch)
+        reason = self.skips and self.skips.look(self.step, self.method.parameters())
+        if reason is None:
+            self.meter.add(outputs)
+            self.optimizer.step()
+        elif self.log is not None:
+            self.log.tell({"kind": "warning", "step": self.step + 1, "text": f"skipped: {reason}"},
+                          f"warning: step skipped, no weight changed: {reason}")
         self.step += 1
         if self.averages is not None:
             self.averages.update(self.step)
@@ -443,6 +455,7 @@ class Trainer:
                                      "best": self.best, "window": window,
                                      "damaged": self.damage.known,
                                      "lists": self.lists,
+                                     "skips": self.skips.state() if self.skips else {},
                                      "collapse": self.collapse.state()})  # fmt: skip
 
     def _write(self, which: str, arrays: dict[str, dict[str, torch.Tensor]], state: dict) -> None:

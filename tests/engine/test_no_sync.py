@@ -61,7 +61,7 @@ class TrainerOfOneMethod(Trainer):
         parameters = [p for p in method.parameters() if p.requires_grad]
         groups = [{"params": parameters, "lr": 1e-3, "initial_lr": 1e-3}]
         self.optimizer = torch.optim.AdamW(groups, fused=fused)
-        self.guard, self.meter = FiniteGuard(eager=False), Meter()
+        self.guard, self.meter, self.skips = FiniteGuard(eager=False), Meter(), None
         self.autocast = contextlib.nullcontext()
         self.averages = Averages(getattr(method, "students", {}), decay=0.9)
         if self.averages.students:
