@@ -15,6 +15,10 @@ METHODS: dict[str, str] = {
     "onlysup": "co2s_fast.methods.onlysup:OnlySup",
     "fixmatch": "co2s_fast.methods.fixmatch:FixMatch",
     "unimatch": "co2s_fast.methods.unimatch:UniMatch",
+    "u2pl": "co2s_fast.methods.u2pl:U2PL",
+    "dwl": "co2s_fast.methods.dwl:DWL",
+    "wscl": "co2s_fast.methods.wscl:WSCL",
+    "muca": "co2s_fast.methods.muca:MUCA",
 }
 """Name on the command line -> "module:class"."""
 

@@ -57,6 +57,7 @@ def pooled_quantile(values: Tensor, counted: Tensor, share: float | Tensor) -> T
     last = (ordered.isfinite().sum() - 1).clamp(min=0)
     place = (last * share).clamp(max=last)
     low = place.floor().long()
-    below, above = ordered[low], ordered[torch.minimum(low + 1, last)]
+    # An index of no dimensions, in brackets, would be fetched.
+    below, above = ordered.take(low), ordered.take(torch.minimum(low + 1, last))
     # Between two infinities there is no difference to interpolate.
     return torch.where(below == above, below, torch.lerp(below, above, (place - low).to(below)))

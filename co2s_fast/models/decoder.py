@@ -192,15 +192,51 @@ class QueryDecoder(nn.Module):
             features: maps [B, C_i, h_i, w_i], shallow to deep; any grids.
             queries: class vectors [K, d], or [B, K, d]; their length does not matter.
         """
+        return self.finish(*self.trunk(features, queries), queries.shape[-2])
+
+    def trunk(self, features: Sequence[Tensor], queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All but the last block, whose inputs it returns: a map and, if there are skips, a skip.
+
+        Args:
+            features: as `forward` takes them.
+            queries: likewise.
+
+        Returns:
+            [B*K, C, h, w], image-major, and [B, S, ...] or None.
+        """
         x, queries = self._similarity(features[-1], queries)
-        classes = queries.shape[1]
         x = self.aspp(_fast_layout(self.similarity(x)))
         text = F.relu(self.text(queries))
         for layer in self.layers:
             x = layer(x, text)
-        for up, project, skip in zip(self.ups, self.skips, reversed(features[:-1]), strict=True):
-            x = self._maybe_checkpoint(up, x, F.relu_(project(_fast_layout(skip))))
-        x = one_channel(self.head, x).squeeze(1).unflatten(0, (-1, classes))
+        skip = None
+        levels = zip(self.skips, reversed(features[:-1]), strict=True)
+        for index, (project, level) in enumerate(levels):
+            if skip is not None:
+                x = self._maybe_checkpoint(self.ups[index - 1], x, skip)
+            skip = F.relu_(project(_fast_layout(level)))
+        return x, skip
+
+    def last_block(self) -> list[nn.Module]:
+        """What `finish` runs: the last upsampling, if there is any, and the head."""
+        return [*list(self.ups)[-1:], self.head]
+
+    def finish(
+        self, x: Tensor, skip: Tensor | None, classes: int,
+        block: Sequence[nn.Module] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits from what `trunk` returns, all of its images or some.
+
+        Args:
+            x: [B*K, C, h, w], image-major.
+            skip: [B, S, ...], of the same images.
+            classes: K.
+            block: modules like those of `last_block`, in their place; None: these.
+        """
+        *ups, head = self.last_block() if block is None else block
+        for up in ups:
+            x = self._maybe_checkpoint(up, x, skip)
+        x = one_channel(head, x).squeeze(1).unflatten(0, (-1, classes))
         if self.config.resize_to is not None:
             x = F.interpolate(x, self.config.resize_to, mode="bilinear", align_corners=False)
         return x
