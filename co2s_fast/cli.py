@@ -14,6 +14,7 @@ import click
 from co2s_fast.cli_shared import PATH, offline_option, one_line_errors
 from co2s_fast.cli_weights import weights
 from co2s_fast.errors import DataError
+from co2s_fast.methods import METHODS
 from co2s_fast.version import __version__
 
 precision_option = click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]),
@@ -46,7 +47,7 @@ def main() -> None:
 @click.option("--ratio", help="Share of labelled images, as 1/32 or 0.03.")
 @click.option("--labels", type=int, help="Number of labelled images, instead of a ratio.")
 @click.option("--split", type=PATH, help="Folder with labeled.txt, unlabeled.txt and val.txt.")
-@click.option("--method", help="co2s (the default), onlysup, ...")
+@click.option("--method", help=f"co2s (the default), {', '.join(list(METHODS)[1:])}.")
 @click.option("--recipe", help="A recipe's name or YAML file; by default the dataset's own.")
 @click.option("--seed", type=int, help="Fixes weights, augmentation and order. Which "
               "images are labelled: --set data.split_seed=1.")

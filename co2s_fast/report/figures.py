@@ -17,6 +17,14 @@ TERMS = {
     "fp": "Consistency, feature-perturbed view",
     "s1": "Consistency, strong view 1",
     "s2": "Consistency, strong view 2",
+    "s": "Consistency, mixed strong views",
+    "u": "Pseudo-labels of the mixed images",
+    "c": "Contrast of pixels with other classes",
+    "out": "Consistency of outputs with the teacher",
+    "level1": "Consistency of shallow features",
+    "level2": "Consistency of middle features",
+    "level3": "Consistency of deep features",
+    "attention": "Features attending to the teacher's",
     "stability": "Stability loss (between students)",
 }
 
