@@ -42,7 +42,8 @@ class U2PLConfig(ContrastConfig):
 
     Attributes:
         unsupervised_weight: η, factor of L_u beside the inverse of the share of pixels it keeps.
-        supervised_share: share of the run in which L_sup alone is learnt (one of 80 epochs).
+        supervised_share: share of the run in which L_sup alone is learnt (one of 80 epochs);
+            students from random weights want a good part of it.
         dropped_share: share of the unlabelled pixels, the most uncertain ones, whose pseudo-label
             is not learnt at the first step; it falls to 0 over the run.
         contrasted_share: share of the unlabelled pixels at either end, by uncertainty, that are
