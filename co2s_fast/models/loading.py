@@ -29,7 +29,10 @@ from co2s_fast.models.weights.files import (
 from co2s_fast.models.weights.layouts import detect
 from co2s_fast.models.weights.layouts import translate as translate_layout
 from co2s_fast.models.weights.registry import entry_for
-from co2s_fast.models.weights.store import from_hub, resolve
+from co2s_fast.models.weights.store import first_line, from_hub, resolve
+
+# Of a library about options that it was given. Where it reads weights, others concern those.
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 
 
 def is_own_backbone(path: str | Path) -> bool:
@@ -97,9 +100,9 @@ def load_clip(
             return open_clip.create_model(model, pretrained=found, require_pretrained=True).eval()
     try:
         clip = open_clip.CLIP(**description)
-    except (ArithmeticError, AssertionError, TypeError) as error:
-        reason = error if str(error) else type(error).__name__
-        raise UsageError(f"model {model!r}: open_clip refuses its description: {reason}") from error
+    except (*REFUSALS, RuntimeError, ValueError) as error:
+        raise UsageError(f"model {model!r}: open_clip refuses its description: "
+                         f"{first_line(error)}") from error
     if found is not None:
         _load_clip_file(clip, found)
     return clip.eval()
@@ -200,9 +203,9 @@ def build_timm_backbone(config: StudentConfig) -> TimmBackbone:
     with from_hub("ssm", name, tag):
         try:
             model = timm.create_model(name, pretrained=tag is not None, **options)
-        except (ArithmeticError, AssertionError, TypeError) as error:
-            reason = error if str(error) else type(error).__name__
-            raise UsageError(f"model {name!r} with {options}: timm refuses: {reason}") from error
+        except (*REFUSALS, *(() if tag else (RuntimeError, ValueError))) as error:
+            raise UsageError(f"model {name!r} with {options}: timm refuses: "
+                             f"{first_line(error)}") from error
     if weights is not None and tag is None:
         _load_timm_file(model, weights)
     stem = None

@@ -36,6 +36,9 @@ WRONG = {
     "students.clip.decoder.up_channels": ["[0]", "[-16]"],
     "students.ssm.overrides.depth": ["-1"],
     "students.ssm.overrides.num_heads": ["0"],
+    "students.ssm.overrides.embed_dim": ["-64"],
+    "students.ssm.overrides.drop_rate": ["2"],
+    "students.clip.overrides.vision_cfg": ["3", "{width: -64}"],
     "students.clip.overrides.text_cfg": ["{heads: 5}"],
     "students.clip.overrides.vision_cfg.head_width": ["0"],
 }

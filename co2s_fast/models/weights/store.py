@@ -127,7 +127,7 @@ def _download(entry: WeightEntry) -> Path:
         raise
     except Exception as error:  # of urllib, of the hub's client and of what it is built on
         raise DataError(f"weights {entry.name}: not fetched from {entry.url or entry.hub}: "
-                        f"{_first_line(error)}") from error  # fmt: skip
+                        f"{first_line(error)}") from error  # fmt: skip
 
 
 def _from_url(url: str, target: Path) -> None:
@@ -297,8 +297,9 @@ def from_hub(kind: Kind, model: str, tag: str | None) -> Iterator[None]:
         hint = elsewhere(entry) if entry else (
             "fetch them on a machine with a network and copy its Hugging Face cache, or give a file"
         )  # fmt: skip
-        raise DataError(f"weights {tag!r} of {model}: {_first_line(error)}; {hint}") from error
+        raise DataError(f"weights {tag!r} of {model}: {first_line(error)}; {hint}") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
     return str(error).strip().split("\n")[0] or type(error).__name__
