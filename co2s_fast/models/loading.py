@@ -31,8 +31,9 @@ from co2s_fast.models.weights.layouts import translate as translate_layout
 from co2s_fast.models.weights.registry import entry_for
 from co2s_fast.models.weights.store import first_line, from_hub, resolve
 
-# Of a library about options that it was given. Where it reads weights, others concern those.
+# Of a library about options that it was given. Where it reads weights, the rest concerns those.
 REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
+OWN_REFUSALS = (*REFUSALS, RuntimeError, ValueError)
 
 
 def is_own_backbone(path: str | Path) -> bool:
@@ -100,7 +101,7 @@ def load_clip(
             return open_clip.create_model(model, pretrained=found, require_pretrained=True).eval()
     try:
         clip = open_clip.CLIP(**description)
-    except (*REFUSALS, RuntimeError, ValueError) as error:
+    except OWN_REFUSALS as error:
         raise UsageError(f"model {model!r}: open_clip refuses its description: "
                          f"{first_line(error)}") from error
     if found is not None:
@@ -200,10 +201,11 @@ def build_timm_backbone(config: StudentConfig) -> TimmBackbone:
     # timm's BEiT has no such option; TimmBackbone lets it take any size.
     dynamic = {} if name.startswith("beit") else {"dynamic_img_size": True}
     options = {**dynamic, "num_classes": 0, **config.overrides}
+    refusals = REFUSALS if tag else OWN_REFUSALS
     with from_hub("ssm", name, tag):
         try:
             model = timm.create_model(name, pretrained=tag is not None, **options)
-        except (*REFUSALS, *(() if tag else (RuntimeError, ValueError))) as error:
+        except refusals as error:
             raise UsageError(f"model {name!r} with {options}: timm refuses: "
                              f"{first_line(error)}") from error
     if weights is not None and tag is None:
