@@ -68,9 +68,10 @@ class ClassRanks(nn.Module):
         """
         classes = self.counts.shape[1]
         place = label.long() * BINS + bins_of(confidence)
-        taken = _on_grid(place)
+        real = _on_grid(confidence).isfinite()  # a step that is skipped must leave nothing behind
         if ignore is not None:
-            taken = torch.where(_on_grid(ignore) == IGNORE, classes * BINS, taken)
+            real &= _on_grid(ignore) != IGNORE
+        taken = torch.where(real, _on_grid(place), classes * BINS)
         taken = taken.flatten()
         fresh = torch.zeros(classes * BINS + 1, dtype=torch.int64, device=taken.device)
         fresh.scatter_add_(0, taken, torch.ones_like(taken))
@@ -100,7 +101,7 @@ def bins_of(probability: Tensor) -> Tensor:
     """Bin of each probability, int64 of the same shape; greater ones have greater bins.
 
     Args:
-        probability: floating, in [0, 1]; NaN gets some bin.
+        probability: floating, in [0, 1]; NaN gets some bin, and does not count in it.
     """
     # A float's bits order as its value does: what is left of them is its exponent and 7 bits more.
     bits = (1 - probability.float()).view(torch.int32) >> (23 - _BITS)

@@ -217,7 +217,9 @@ class PixelContrast(nn.Module):
         rank = logits.argsort(dim=1, descending=True, stable=True).argsort(1)
         known = ~of_class[:labeled] & (rank[:labeled] < self.low)
         guessed = (rank[labeled:] >= self.low) & (rank[labeled:] < self.high)
-        wanted = torch.cat([known, guessed]) & unreliable[:, None]
+        # A row that is not finite would stay for long, and every loss be as it is.
+        finite = teacher.isfinite().all(1, keepdim=True) & logits.isfinite().all(1, keepdim=True)
+        wanted = torch.cat([known, guessed]) & unreliable[:, None] & finite
         if self.config.bank_rule == "released":
             wanted = wanted & of_class
         running = by_class(wanted).cumsum(1)

@@ -95,12 +95,13 @@ class DWL(CountsPseudoLabels):
         if batch.ignore is not None:
             real = batch.ignore != IGNORE
         for name, student in self.students.items():
+            labeled, strong = self.logits_of_heads(name, batch)
+            # After the pass that learns: autocast may keep weights that were cast without gradient.
             with torch.no_grad():
                 weak = student.decode(student.features(batch.w))
             confidence, label = pseudo_labels_of(weak, batch.w)
             rank = self.ranks[name](confidence, label, batch.ignore, step, batch.part)
             weight = rank_weight(rank, step / total_steps)
-            labeled, strong = self.logits_of_heads(name, batch)
             self.add_supervised(terms, name, labeled, batch.y)
             losses = weight * masked_cross_entropy(
                 strong, label, ignore_mask=batch.ignore, reduction="none"

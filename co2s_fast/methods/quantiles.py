@@ -55,7 +55,7 @@ def pooled_quantile(values: Tensor, counted: Tensor, share: float | Tensor) -> T
         flat = everyone
     ordered = flat.sort().values
     last = (ordered.isfinite().sum() - 1).clamp(min=0)
-    place = (last * share).clamp(max=last)
+    place = (last.double() * share).clamp(max=last)
     low = place.floor().long()
     # An index of no dimensions, in brackets, would be fetched.
     below, above = ordered.take(low), ordered.take(torch.minimum(low + 1, last))

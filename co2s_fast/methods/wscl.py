@@ -84,8 +84,9 @@ class WSCL(CountsPseudoLabels):
             real = seen.ignore != IGNORE
         terms, counts = self.loss_terms(), {}
         for name, student in self.students.items():
-            label = cutmix.mix_maps(weak_labels(student, batch.w))
             logits = student.decode(student.features(torch.cat([batch.x, images])))
+            # After the pass that learns: autocast may keep weights that were cast without gradient.
+            label = cutmix.mix_maps(weak_labels(student, batch.w))
             labeled, strong = logits.split([len(batch.x), len(images)])
             self.add_supervised(terms, name, labeled, batch.y)
             chosen = self.surest(strong, real)
@@ -108,8 +109,8 @@ class WSCL(CountsPseudoLabels):
             step: step index.
 
         Returns:
-            uint8 [B, C, H, W], and the boxes for labels and other maps; empty where the step does
-            not mix.
+            [B, C, H, W] of the batch's type, and the boxes for labels and other maps; empty where
+            the step does not mix.
         """
         config, device, size = self.config, batch.s1.device, len(batch.s1)
         rank, world = rank_and_world()
@@ -180,11 +181,11 @@ def pooled_share(chosen: Tensor, counted: Tensor) -> Tensor:
 def enhance_edges_(images: Tensor, chosen: Tensor) -> Tensor:
     """Pillow's EDGE_ENHANCE on every band of the chosen images, in place.
 
-    A pixel becomes (10 · itself - its eight neighbours) / 2, rounded half up and clipped; the
-    outermost pixels stay.
+    A pixel becomes (10 · itself - its eight neighbours) / 2, clipped and, of bytes, rounded half
+    up; the outermost pixels stay.
 
     Args:
-        images: uint8 [B, C, H, W], at least 3 x 3.
+        images: uint8, or floating in [0, 1], [B, C, H, W], at least 3 x 3.
         chosen: bool [B].
 
     Returns:
@@ -193,6 +194,9 @@ def enhance_edges_(images: Tensor, chosen: Tensor) -> Tensor:
     inner = images[..., 1:-1, 1:-1]
     # Sums of whole numbers: exact, and no autocast shortens them as it would a convolution.
     sums = F.avg_pool2d(images.float(), 3, stride=1, divisor_override=1)
-    sharp = ((11 * inner.float() - sums + 1) / 2).floor().clamp(0, 255).to(torch.uint8)
+    sharp, most = (11 * inner.float() - sums) / 2, 1
+    if images.dtype == torch.uint8:
+        sharp, most = (sharp + 0.5).floor(), 255
+    sharp = sharp.clamp(0, most).to(images.dtype)
     inner.copy_(torch.where(chosen[:, None, None, None], sharp, inner))
     return images

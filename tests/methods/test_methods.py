@@ -134,6 +134,42 @@ def test_class_weights_are_felt_by_labelled_pixels_alone(make_method, make_batch
     assert again(make_batch(), 3, 10)["loss"] == before["loss"]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_floating_images_are_learnt_as_bytes_are(make_method, make_batch, name) -> None:
+    """Of rasters, whose values lie in [0, 1]."""
+    batch = make_batch()
+    for view in ("x", "w", "s1", "s2"):
+        setattr(batch, view, getattr(batch, view) / 255)
+    floats, bytes_ = make_method(name)(batch, 3, 10), make_method(name)(make_batch(), 3, 10)
+    assert floats.keys() == bytes_.keys()
+    for key in (key for key in floats if floats[key].is_floating_point()):
+        torch.testing.assert_close(floats[key], bytes_[key], rtol=5e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_that_is_not_finite_leaves_nothing_behind(make_method, make_batch, name) -> None:
+    """What a method keeps from step to step is then as fit as before."""
+    options = {"distribution_alignment": 1.0, "class_thresholds": 1.0}
+    options = {k: v for k, v in options.items() if k in get_method(name).Config.model_fields}
+    method = make_method(name, **options)
+    method(make_batch(), 0, 10)
+    with torch.no_grad():
+        weights = {n: p.clone() for n, p in method.named_parameters()}
+        for student in method.students.values():
+            student.decoder.head.bias.fill_(float("nan"))
+            next(student.backbone.parameters()).fill_(float("nan"))
+    before = {key: value.clone() for key, value in method.own_state().items()}
+    assert not torch.isfinite(method(make_batch(), 1, 10)["loss"])
+    for key, value in method.own_state().items():
+        assert torch.isfinite(value).all(), key
+        if key.endswith((".counts", ".rows", ".seen")):  # taken in pixel by pixel: none of these
+            assert torch.equal(value, before[key]), key
+    with torch.no_grad():
+        for n, p in method.named_parameters():
+            p.copy_(weights[n])
+    assert torch.isfinite(method(make_batch(), 2, 10)["loss"])
+
+
 def test_unimatch_is_co2s_without_the_stability_term(make_method, make_batch) -> None:
     co2s, unimatch = make_method("co2s", stability_weight=0.0), make_method("unimatch")
     first, second = co2s(make_batch(), 3, 10), unimatch(make_batch(), 3, 10)

@@ -38,6 +38,13 @@ def test_a_quantile_is_of_the_counted_pixels_alone(share) -> None:
     torch.testing.assert_close(pooled_quantile(values, counted, share), expected)
 
 
+def test_a_quantile_of_more_pixels_than_a_float_counts() -> None:
+    values = torch.zeros(2**24 + 3)
+    values[-1] = 1
+    counted = torch.ones((), dtype=torch.bool).expand_as(values)
+    assert pooled_quantile(values, counted, 1.0) == 1
+
+
 def test_a_quantile_of_few_or_no_pixels() -> None:
     values, none = torch.rand(2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.bool)
     assert pooled_quantile(values, none, 0.2) == torch.inf

@@ -217,6 +217,16 @@ def test_edges_are_enhanced_as_pillow_does() -> None:
     assert torch.equal(enhance_edges_(bands, chosen)[:, :3], found)
 
 
+def test_edges_of_floating_images_are_those_of_bytes() -> None:
+    images = torch.randint(0, 256, (2, 4, 20, 24), dtype=torch.uint8)
+    chosen = torch.tensor([True, False])
+    found = enhance_edges_(images / 255, chosen)
+    bytes_ = enhance_edges_(images.clone(), chosen)
+    assert found.dtype == torch.float32 and found.max() <= 1 and found.min() >= 0
+    torch.testing.assert_close(found, bytes_ / 255, rtol=0, atol=0.51 / 255)
+    assert len(found.unique()) > 256  # not rounded
+
+
 def test_edges_are_enhanced_before_the_views_are_mixed(make_method, make_batch) -> None:
     batch = make_batch()
     for view in (batch.s1, batch.s2):
