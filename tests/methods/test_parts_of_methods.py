@@ -39,7 +39,7 @@ def test_a_quantile_is_of_the_counted_pixels_alone(share) -> None:
 
 
 def test_a_quantile_of_more_pixels_than_a_float_counts() -> None:
-    values = torch.zeros(2**24 + 3)
+    values = torch.zeros(2**24 + 4)
     values[-1] = 1
     counted = torch.ones((), dtype=torch.bool).expand_as(values)
     assert pooled_quantile(values, counted, 1.0) == 1
