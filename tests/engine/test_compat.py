@@ -18,6 +18,7 @@ from co2s_fast.engine.config import dump_config, load_config, read_run_config
 from co2s_fast.engine.log import read_metrics
 from co2s_fast.engine.runs import load_run
 from co2s_fast.errors import UsageError
+from co2s_fast.methods import METHODS
 from co2s_fast.models import released
 
 INFER = {
@@ -150,14 +151,16 @@ def test_a_recipe_may_name_a_profile(tmp_path) -> None:
         load_config("tiny", ["compat=official-trian"])
 
 
-@pytest.mark.parametrize("method", ["unimatch", "fixmatch", "onlysup"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "co2s"])
 def test_other_methods_take_what_they_have(method) -> None:
     config = load_config("demo", options={"method": {"name": method}}, compat="official")
     assert config.method.mean_shards == 4
     lines = describe_compat(config, "official")
     assert any(line.endswith("trains nothing - does not apply here") for line in lines)
-    assert (getattr(config.method, "cutmix_partner", None) == "same-image") == (method != "onlysup")
-    assert config.data.loader == ("auto" if method == "onlysup" else "torch")
+    pastes = method in ("fixmatch", "unimatch")
+    assert (getattr(config.method, "cutmix_partner", None) == "same-image") == pastes
+    assert config.data.loader == ("torch" if pastes else "auto")
+    assert config.train.ema == (0.99 if method in ("u2pl", "muca") else 0)  # their own teachers
 
 
 def test_other_students_take_what_they_have() -> None:
