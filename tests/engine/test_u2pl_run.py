@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_distributed import assert_same_gradients, launch, write_config
+from trained import arrays, assert_resumed_exactly
 
-from co2s_fast.engine import checkpoint, distributed
+from co2s_fast.engine import distributed
 from co2s_fast.engine.config import RunConfig
-from co2s_fast.engine.runs import checkpoint_folder
-from co2s_fast.engine.trainer import train
 from co2s_fast.methods.contrast import RowBank
 
 REPOSITORY = Path(__file__).parents[2]
@@ -22,33 +22,16 @@ SMALL = {"name": "u2pl", "embedding": 16, "bank_rows": 60, "bank_rows_per_step":
          "negatives": 7, "supervised_share": 0.2}  # fmt: skip
 
 
-def arrays(folder: Path, stem: str) -> dict[str, torch.Tensor]:
-    source = checkpoint_folder(folder, "last")
-    return checkpoint.read_arrays(source, checkpoint.read_state(source), stem)
-
-
 def test_a_run_is_resumed_exactly(run_content, stop_after, tmp_path) -> None:
     content = run_content() | {"method": SMALL}
-    config = RunConfig.model_validate(content)
-    assert config.train.ema == 0.99
-    whole = train(config, progress=False)
-    cut = RunConfig.model_validate(content | {"out": str(tmp_path / "cut")})
-    stop_after(2, cut)
-    half = arrays(tmp_path / "cut", "method")
-    train(cut, resume=True, progress=False)
-    for stem in ("clip", "ssm", "clip-average", "method", "optimizer"):
-        mine, own = arrays(tmp_path / "cut", stem), arrays(whole, stem)
-        assert mine.keys() == own.keys()
-        for key, value in own.items():
-            assert torch.equal(mine[key], value), (stem, key)
+    assert RunConfig.model_validate(content).train.ema == 0.99
+    whole, half = assert_resumed_exactly(content, stop_after, tmp_path / "cut", 2, "clip", "ssm",
+                                         "clip-average", "method", "optimizer")  # fmt: skip
+    own = arrays(whole, "method")
     for part in ("contrasts.clip.bank.rows", "contrasts.ssm.bank.seen",
                  "heads.clip.project.weight", "teacher_heads.clip.project.weight"):  # fmt: skip
-        assert not torch.equal(half[part], own_of(whole)[part]), part
-    assert own_of(whole)["contrasts.ssm.bank.seen"].min() > 60
-
-
-def own_of(folder: Path) -> dict[str, torch.Tensor]:
-    return arrays(folder, "method")
+        assert not torch.equal(half[part], own[part]), part
+    assert own["contrasts.ssm.bank.seen"].min() > 60
 
 
 def test_two_processes_keep_the_same_banks(tmp_path) -> None:
@@ -71,31 +54,17 @@ def test_two_processes_keep_the_same_banks(tmp_path) -> None:
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(run_content, tmp_path) -> None:
     """Of L_sup and L_u, whose quantile and weight are of the whole batch; L_c is by process."""
-    from test_distributed import launch, read, write_config
-
     content = run_content()
     content["method"] = SMALL | {"cutmix_rate": 0.0, "contrast_weight": 0.0}
-    config, found = write_config(tmp_path / "config.yaml", content), {}
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.safetensors"
-        launch(processes, "gradients", config, str(out))
-        found[processes] = read(out)
-    (one, losses), (two, losses_two) = found[1], found[2]
-    for key in losses.keys() - {"clip/c", "ssm/c"}:
-        assert losses_two[key] == pytest.approx(losses[key], rel=1e-9, abs=1e-12), key
-    assert losses["clip/u"] > 0.1 and losses["ssm/c"] > 0.1 and losses_two["ssm/c"] > 0.1
-    assert one.keys() == two.keys() and len(one) > 50
-    for name, gradient in one.items():
-        torch.testing.assert_close(two[name], gradient, rtol=1e-6, atol=1e-12, msg=name)
+    _, losses = assert_same_gradients(content, tmp_path, apart=("clip/c", "ssm/c"))
+    assert losses["clip/u"] > 0.1 and losses["ssm/c"] > 0.1
 
 
 @pytest.mark.slow
 def test_two_processes_train(run_content, tmp_path) -> None:
-    from test_distributed import launch, write_config
-
     content = run_content(steps=4, eval_every=4) | {"method": SMALL}
     launch(2, "train", write_config(tmp_path / "config.yaml", content))
-    assert own_of(tmp_path / "run")["contrasts.clip.bank.seen"].max() == 4 * 32
+    assert arrays(tmp_path / "run", "method")["contrasts.clip.bank.seen"].max() == 4 * 32
 
 
 def rows_of(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
