@@ -34,8 +34,8 @@ class MUCAConfig(MethodConfig):
     Attributes:
         supervised_weight: factor of L_sup.
         consistency_weight: of the consistency terms at the end of the run; it rises to it all the
-            way, ω(e) = weight · R(⌊e / 2⌋, 150), see `rise`. Small students from random weights
-            collapse to one class with the paper's 3, and not with a tenth of it.
+            way, ω(e) = weight · R(⌊e / 2⌋, 150), see `rise`. Small students with few labels
+            drift towards one class with the paper's 3, with a tenth of it more slowly.
         feature_weight: factor of each level's term beside that of the outputs.
         attention_weight: factor of L_att.
         entropy_threshold: features are learnt from where the entropy of the teacher's, as a share
