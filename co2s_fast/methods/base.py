@@ -269,6 +269,26 @@ def seeded_init(*parts: int) -> Iterator[None]:
         yield
 
 
+def own_rows(
+    images: int, columns: int, generator: torch.Generator, part: int = 0, parts: int = 1
+) -> Tensor:
+    """Uniform numbers for each image, drawn for the global batch, this rank's share of them.
+
+    Args:
+        images: of this rank's part of the batch.
+        columns: numbers an image.
+        generator: a CPU generator in the same state on every rank.
+        part: which of the equal parts of this rank's share the images are.
+        parts: how many there are.
+
+    Returns:
+        float64 [images, columns] on the CPU, in [0, 1).
+    """
+    rank, world = rank_and_world()
+    rows = torch.rand(images * parts * world, columns, generator=generator, dtype=torch.float64)
+    return rows[(rank * parts + part) * images :][:images]
+
+
 def channel_keep_masks(
     features: tuple[Tensor, ...], rate: float, generator: torch.Generator, part: int = 0,
     parts: int = 1,

@@ -1,10 +1,11 @@
-"""CutMix boxes of half an image, as U2PL and WSCL draw them."""
+"""CutMix boxes of half an image, as U2PL and WSCL draw them, and boxes as masks."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from co2s_fast.methods.reduce import rank_and_world
+from co2s_fast.methods.base import own_rows
 
 
 def half_area_boxes(
@@ -24,12 +25,19 @@ def half_area_boxes(
     Returns:
         int32 [images, 4] on the CPU, (x1, y1, x2, y2), half-open.
     """
-    rank, world = rank_and_world()
     height, width = size
-    draws = torch.rand(images * parts * world, 3, generator=generator, dtype=torch.float64)
-    draws = draws[(rank * parts + part) * images :][:images]
+    draws = own_rows(images, 3, generator, part, parts)
     wide = (width // 2 + 1 + (draws[:, 0] * (width - 1 - width // 2)).floor()).clamp(max=width - 1)
     high = (height * width / 2 / wide).round()
     x = (draws[:, 1] * (width - wide + 1)).floor()
     y = (draws[:, 2] * (height - high + 1)).floor()
     return torch.stack([x, y, x + wide, y + high], 1).to(torch.int32)
+
+
+def box_masks(boxes: Tensor, size: torch.Size) -> Tensor:
+    """[B, H, W] bool, True inside each image's half-open box (x1, y1, x2, y2)."""
+    height, width = size
+    y = torch.arange(height, device=boxes.device)[None, :, None]
+    x = torch.arange(width, device=boxes.device)[None, None, :]
+    x1, y1, x2, y2 = (side[:, None, None] for side in boxes.unbind(1))
+    return (x >= x1) & (x < x2) & (y >= y1) & (y < y2)

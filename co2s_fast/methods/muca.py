@@ -12,10 +12,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from co2s_fast.data.catalogue import IGNORE
-from co2s_fast.methods.base import MethodConfig, channel_keep_masks, seeded_init, step_generator
+from co2s_fast.methods.base import (
+    MethodConfig,
+    channel_keep_masks,
+    own_rows,
+    seeded_init,
+    step_generator,
+)
+from co2s_fast.methods.boxes import box_masks
 from co2s_fast.methods.cross_attention import HEADS, CrossAttention
-from co2s_fast.methods.muca_views import TURNS, noise, own_rows, strong_boxes, turn
-from co2s_fast.methods.plain import box_masks
+from co2s_fast.methods.muca_views import TURNS, noise, strong_boxes, turn
 from co2s_fast.methods.pseudo_labels import CountsPseudoLabels, pseudo_labels_of
 
 if TYPE_CHECKING:

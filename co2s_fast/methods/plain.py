@@ -14,6 +14,7 @@ from torch import Tensor
 
 from co2s_fast.data.catalogue import IGNORE
 from co2s_fast.methods.base import channel_keep_masks, step_generator
+from co2s_fast.methods.boxes import box_masks
 from co2s_fast.methods.ramp import cosine_ramp
 
 if TYPE_CHECKING:
@@ -124,12 +125,3 @@ def one_way_stability(mine: Tensor, other: Tensor, threshold: float, real: Tenso
     learns = (q.amax(1) >= threshold) & (q.amax(1) >= p.detach().amax(1)) & real
     distance = (p - q).square().sum(1) / p.shape[1]
     return (distance * learns).sum() / learns.sum().clamp(min=1)
-
-
-def box_masks(boxes: Tensor, size: torch.Size) -> Tensor:
-    """[B, H, W] bool, True inside each image's half-open box (x1, y1, x2, y2)."""
-    height, width = size
-    y = torch.arange(height, device=boxes.device)[None, :, None]
-    x = torch.arange(width, device=boxes.device)[None, None, :]
-    x1, y1, x2, y2 = (side[:, None, None] for side in boxes.unbind(1))
-    return (x >= x1) & (x < x2) & (y >= y1) & (y < y2)

@@ -120,7 +120,7 @@ def pseudo_text(run: Run) -> str:
             "(method.class_thresholds)."
         )
     threshold = run.setting("method.threshold")
-    level = "the confidence threshold" if threshold is None else f"confidence {threshold}"
+    level = f"confidence {0.95 if threshold is None else threshold}"  # as the trainer probes
     return (
         f"Coverage: share of pixels at or above {level}; accuracy: share of those that are right, "
         f"on unlabelled images whose labels are known.{more}"

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from co2s_fast.errors import UsageError
-from co2s_fast.methods.base import channel_keep_masks, step_generator
+from co2s_fast.methods.base import channel_keep_masks, own_rows, step_generator
 from co2s_fast.methods.cross_attention import CrossAttention
 from co2s_fast.methods.muca import DROPOUT, PASSES, cells, padded, rise, standard
-from co2s_fast.methods.muca_views import TURNS, noise, own_rows, strong_boxes, turn
+from co2s_fast.methods.muca_views import TURNS, noise, strong_boxes, turn
 
 LEVELS = ["level1", "level2", "level3"]
 TERMS = ["x", "out", *LEVELS, "attention"]

@@ -73,7 +73,7 @@ def test_boxes_are_drawn_for_the_global_batch(monkeypatch) -> None:
     assert torch.equal(torch.cat(parts), whole)
     ranks = []
     for rank in range(2):
-        monkeypatch.setattr("co2s_fast.methods.boxes.rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("co2s_fast.methods.base.rank_and_world", lambda rank=rank: (rank, 2))
         ranks += [half_area_boxes(2, (32, 32), step_generator(3), part, 2) for part in range(2)]
     assert torch.equal(torch.cat(ranks), whole)
 

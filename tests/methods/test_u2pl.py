@@ -10,9 +10,8 @@ import torch.nn.functional as F
 
 from co2s_fast.errors import UsageError
 from co2s_fast.methods.base import step_generator
-from co2s_fast.methods.boxes import half_area_boxes
+from co2s_fast.methods.boxes import box_masks, half_area_boxes
 from co2s_fast.methods.contrast import ContrastConfig, PixelContrast, RowBank, spread
-from co2s_fast.methods.plain import box_masks
 from co2s_fast.methods.u2pl import BOXES, DRAWS, RepresentationHead, U2PLConfig
 
 SMALL = {"embedding": 16, "bank_rows": 400, "bank_rows_per_step": 64, "anchors": 20,
