@@ -13,26 +13,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from co2s_fast.data.batch import Batch
 
 if TYPE_CHECKING:
     from co2s_fast.data.loader import Loader
 
-DEPTH = 2
-_POLL_S = 0.1
+DEPTH = 3
 _LONGEST_BATCH_S = 60.0
 
 
 class Ahead:
-    """The batches of another loader, in order, up to DEPTH of them ready.
+    """The batches of another loader on the device, in order, up to DEPTH of them ready before.
+
+    The thread goes on to the next one only when the copies of the one that was taken are under way:
+    Python lets one thread run at a time, and these copies are what training waits for.
 
     Args:
         loader: whose batches are in host memory.
+        device: that they are brought to when they are taken.
         pin: put them into page-locked memory, for copies to a GPU.
     """
 
-    def __init__(self, loader: Loader, pin: bool = False) -> None:
-        self.loader, self.pin = loader, pin
+    def __init__(self, loader: Loader, device: torch.device, pin: bool = False) -> None:
+        self.loader, self.device, self.pin = loader, device, pin
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -41,15 +46,21 @@ class Ahead:
         taker = _Taker(iter(self.loader), self.pin)
         thread = threading.Thread(target=taker.run, name="co2s-ahead", daemon=True)
 
+        def take() -> Batch | None:
+            if (batch := taker.ready.get()) is not None:
+                batch = batch.to(self.device, non_blocking=True)
+                taker.free.release()
+            return batch
+
         def finish() -> None:
             taker.stop.set()
+            taker.free.release()
             thread.join(_LONGEST_BATCH_S)
 
         atexit.register(finish)  # a program may end without closing its iterators
         thread.start()
         try:
-            while (batch := taker.ready.get()) is not None:
-                yield batch
+            yield from iter(take, None)  # which keeps no batch that was taken
             if taker.error is not None:
                 raise taker.error
         finally:
@@ -63,26 +74,22 @@ class _Taker:
 
     batches: Iterator[Batch]
     pin: bool
-    ready: queue.Queue[Batch | None] = field(default_factory=lambda: queue.Queue(DEPTH))
+    ready: queue.SimpleQueue[Batch | None] = field(default_factory=queue.SimpleQueue)
+    free: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(DEPTH))
     stop: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            for batch in self.batches:
-                if not self._put(batch.pin_memory() if self.pin else batch):
-                    break
+            while self._may_go_on() and (batch := next(self.batches, None)) is not None:
+                self.ready.put(batch.pin_memory() if self.pin else batch)
         except BaseException as error:  # raised again where the batches are used
             self.error = error
         finally:
             self.batches.close()  # ends its workers in the thread that started them
-            self._put(None)
+            self.ready.put(None)
 
-    def _put(self, batch: Batch | None) -> bool:
-        while not self.stop.is_set():
-            try:
-                self.ready.put(batch, timeout=_POLL_S)
-            except queue.Full:
-                continue
-            return True
-        return False
+    def _may_go_on(self) -> bool:
+        """Once there is room for one more: whether it is still wanted."""
+        self.free.acquire()
+        return not self.stop.is_set()

@@ -109,8 +109,8 @@ def build_loader(
         total_steps: end, exclusive.
         rank: gets positions [rank B / world, (rank + 1) B / world) of each batch.
         world: number of ranks.
-        device: that the batches are for. Those of DALI's GPU placement, and those whose strong
-            views are made on the device, are there already.
+        device: that the batches are for, and are on; only those of the torch pipeline without
+            workers are still to be brought there, where their strong views are not made there.
 
     Raises:
         UsageError: unknown views, a batch that ranks cannot share, a pipeline that cannot run here.
@@ -149,7 +149,7 @@ def _torch_loader(plan: Plan, steps: range, workers: int, choice: LoaderChoice,
     dataset = StepDataset(plan, strong=not choice.strong_on_device)
     loader: Loader = TorchLoader(dataset, steps, workers, pin_memory=torch.cuda.is_available())
     if workers:
-        loader = Ahead(loader)
+        loader = Ahead(loader, torch.device("cpu") if choice.strong_on_device else device)
     if choice.strong_on_device:
         from co2s_fast.data.strong_on_device import StrongOnDevice
 
@@ -162,7 +162,8 @@ def _dali_loader(plan: Plan, steps: range, threads: int, choice: LoaderChoice,
     from co2s_fast.data.pipeline_dali import DaliLoader
 
     if choice.placement == "cpu":
-        return Ahead(DaliLoader(plan, steps, threads, None), pin=torch.cuda.is_available())
+        return Ahead(DaliLoader(plan, steps, threads, None), device,
+                     pin=torch.cuda.is_available())
     # Not ahead: taking a batch makes the training stream wait for it.
     gpu = torch.cuda.current_device() if device.index is None else device.index
     return DaliLoader(plan, steps, threads, gpu)

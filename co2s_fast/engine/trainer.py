@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from itertools import chain
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +316,7 @@ class Trainer:
                 self.waited_s += time.perf_counter() - waiting
                 self._make_step(batch)
                 self.damage.meet(self.step, batch.damaged)
+                del batch  # to free one takes time, and is no waiting for the next
                 bar.update()
                 self._after_step(bar)
                 if distributed.any_rank(self.stop.received is not None):
@@ -328,11 +329,11 @@ class Trainer:
             seed=self.config.seed, start_step=self.step, total_steps=self.total_steps,
             rank=self.ranks.rank, world=self.ranks.world, device=self.device,
         )  # fmt: skip
-        batches = iter(loader)
+        batches = map(methodcaller("to", self.device, non_blocking=True), loader)
         with deaf_children():  # the workers start with the first batch
-            first = next(batches)
-        for batch in chain([first], batches):
-            yield batch.to(self.device, non_blocking=True)
+            first = [next(batches)]
+        yield first.pop()
+        yield from batches
 
     def _make_step(self, batch: Batch) -> None:
         if self.step == self.config.train.debug_steps:

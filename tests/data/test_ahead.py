@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from co2s_fast.data.ahead import DEPTH, Ahead
 from co2s_fast.data.batch import Batch
 from co2s_fast.errors import DataError
+
+CPU = torch.device("cpu")
 
 
 class Source:
@@ -40,7 +43,7 @@ def threads():
 
 
 def test_all_batches_in_order_and_again():
-    loader = Ahead(Source(20))
+    loader = Ahead(Source(20), CPU)
     assert len(loader) == 20
     for _ in range(2):
         assert [int(batch.x) for batch in loader] == list(range(20))
@@ -49,18 +52,45 @@ def test_all_batches_in_order_and_again():
 
 def test_no_more_than_its_depth_is_made_in_advance():
     source = Source(20)
-    batches = iter(Ahead(source))
+    batches = iter(Ahead(source, CPU))
     next(batches)
     time.sleep(0.3)
-    assert source.made == 1 + DEPTH + 1  # one taken, the queue's, one in the thread's hand
+    assert source.made == 1 + DEPTH  # one taken, the others ready
     batches.close()
     assert source.closed and not threads()
+
+
+def test_the_next_is_begun_once_a_batch_is_on_the_device(monkeypatch):
+    source, made = Source(20), []
+    batches = iter(Ahead(source, torch.device("meta")))
+    next(batches)
+    time.sleep(0.3)
+    to = Batch.to
+
+    def slow(self, device, non_blocking=False):
+        time.sleep(0.3)
+        made.append(source.made)
+        return to(self, device, non_blocking)
+
+    monkeypatch.setattr(Batch, "to", slow)
+    assert next(batches).x.device.type == "meta"
+    assert made == [1 + DEPTH]
+    batches.close()
+
+
+def test_a_batch_that_was_taken_is_not_kept():
+    batches = iter(Ahead(Source(20), CPU))
+    taken = next(batches)
+    kept = weakref.ref(taken)
+    del taken
+    assert kept() is None
+    batches.close()
 
 
 def test_an_error_comes_after_the_batches_before_it():
     taken = []
     with pytest.raises(DataError, match="file 3"):
-        for batch in Ahead(Source(10, fail_at=3)):
+        for batch in Ahead(Source(10, fail_at=3), CPU):
             taken.append(int(batch.x))
     assert taken == [0, 1, 2] and not threads()
 
@@ -69,8 +99,8 @@ def test_a_program_may_end_in_the_middle():
     """An iterator that is never closed keeps no program from ending, and silently."""
     code = (
         "import sys; sys.path.insert(0, 'tests/data')\n"
-        "from test_ahead import Ahead, Source\n"
-        "kept = iter(Ahead(Source(1000)))\n"
+        "from test_ahead import CPU, Ahead, Source\n"
+        "kept = iter(Ahead(Source(1000), CPU))\n"
         "print(int(next(kept).x))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
