@@ -48,6 +48,8 @@ from co2s_fast.errors import UsageError
 OVERLAY_SHARE = 0.45
 STRIP_BYTES = 128 << 20  # of one student's summed logits
 UNSIGNED = "unsigned"
+BAR = ("{l_bar}{bar}| {n:.2f}/{total:.2f} MP [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+       "{postfix}")  # fmt: skip
 
 Part = tuple[int, int, NDArray[np.uint8], NDArray[np.uint8]]
 
@@ -134,54 +136,74 @@ def predict(
         raise UsageError(f"scale: expected a number above 0, found {scale}")
     config = for_maps(config or EvalConfig(), device)
     running = chosen_students(students, student)
-    sources = find_images(images)
-    targets_in(Path(out_dir), sources, outputs.kinds)  # names must be unique over all shards
-    sources = take_shard(sources, outputs.shard)
-    targets = targets_in(Path(out_dir), sources, outputs.kinds)
-    if outputs.polygons:
-        check_polygons(sources)
-    check_writable(Path(out_dir).parent if names_file(Path(out_dir)) else Path(out_dir))
-    settings = [list(running), scale, blend, config.model_dump(), data and data.scale]
-    signature = digest(outputs.signature, settings) if outputs.signature else UNSIGNED
-    kept = finished(targets, outputs.kinds, signature, overwrite=outputs.overwrite,
-                    polygons=outputs.polygons)  # fmt: skip
-    kept = kept if outputs.signature else set()
-    pairs = [(s, t) for s, t in zip(sources, targets, strict=True) if t not in kept]
+    work = _plan(images, Path(out_dir), outputs,
+                 [list(running), scale, blend, config.model_dump(), data and data.scale])
     imagery = spec if isinstance(spec, DatasetSpec) else PLAIN
-    sizes = [size_of(source, imagery) for source, _ in pairs]  # tells what is missing now
-    total = sum(height * width for height, width in sizes) / 1e6
-    bar = tqdm(
-        total=total,
-        desc="predict",
-        unit="MP",
-        disable=not progress,
-        bar_format="{l_bar}{bar}| {n:.2f}/{total:.2f} MP [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-        "{postfix}",
-    )
+    sizes = [size_of(source, imagery) for source, _ in work.left]  # tells what is missing now
+    megapixels = [height * width / 1e6 for height, width in sizes]
+    bar = tqdm(total=sum(megapixels), desc="predict", unit="MP", disable=not progress,
+               bar_format=BAR)  # fmt: skip
 
     def make_map(
-        source: Path, target: Path, megapixels: float, done: float, config: EvalConfig
+        source: Path, target: Path, size: float, done: float, config: EvalConfig
     ) -> None:
         bar.n = done  # a second attempt begins where the first did
         with open_scene(source, scale, imagery) as scene:
             maps = maps_of(running, scene, config, spec, data, device, blend, scale)
-            share = megapixels / (scene.height * scene.width)
-            for pixels in _write(scene, maps, target, spec, outputs, signature):
-                bar.update(min(pixels * share, total - bar.n))  # sums of floats
+            share = size / (scene.height * scene.width)
+            for pixels in _write(scene, maps, target, spec, outputs, work.signature):
+                bar.update(min(pixels * share, bar.total - bar.n))  # sums of floats
+
+    def make_polygons(target: Path) -> None:
+        bar.set_postfix_str(f"{target.name}: polygons")
+        write_polygons(target, spec.class_names, work.signature)
 
     with bar, evaluating(running, config, device):
-        for target in sorted(kept) if outputs.polygons else ():
-            if read_polygons_signature(target) != signature:
-                bar.set_postfix_str(f"{target.name}: polygons")
-                write_polygons(target, spec.class_names, signature)
-        for (source, target), (height, width) in zip(pairs, sizes, strict=True):
+        for target in work.without_polygons:
+            make_polygons(target)
+        for (source, target), size in zip(work.left, megapixels, strict=True):
             bar.set_postfix_str(source.name, refresh=False)
-            make = partial(make_map, source, target, height * width / 1e6, bar.n)
+            make = partial(make_map, source, target, size, bar.n)
             _, config = with_fewer_windows(make, config)
             if outputs.polygons:
-                bar.set_postfix_str(f"{source.name}: polygons")
-                write_polygons(target, spec.class_names, signature)
-    return targets
+                make_polygons(target)
+    return work.targets
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one call of `predict` is to make.
+
+    Attributes:
+        targets: every map of this machine's share of the images, in their order.
+        left: images and the maps that they still lack.
+        without_polygons: maps that are there, yet not their polygons.
+        signature: written into each map.
+    """
+
+    targets: list[Path]
+    left: list[tuple[Path, Path]]
+    without_polygons: list[Path]
+    signature: str
+
+
+def _plan(images: Iterable[str | Path], out_dir: Path, outputs: Outputs, settings: Any) -> _Work:
+    """Find the images, and which maps of them are there; raises what `predict` tells of these."""
+    sources = find_images(images)
+    targets_in(out_dir, sources, outputs.kinds)  # names must be unique over all shards
+    sources = take_shard(sources, outputs.shard)
+    targets = targets_in(out_dir, sources, outputs.kinds)
+    if outputs.polygons:
+        check_polygons(sources)
+    check_writable(out_dir.parent if names_file(out_dir) else out_dir)
+    signature = digest(outputs.signature, settings) if outputs.signature else UNSIGNED
+    kept = finished(targets, outputs.kinds, signature, overwrite=outputs.overwrite,
+                    polygons=outputs.polygons)  # fmt: skip
+    kept = kept if outputs.signature else set()
+    bare = [target for target in sorted(kept) if outputs.polygons
+            and read_polygons_signature(target) != signature]  # fmt: skip
+    left = [(s, t) for s, t in zip(sources, targets, strict=True) if t not in kept]
+    return _Work(targets, left, bare, signature)
 
 
 def digest(signature: str, settings: Any) -> str:

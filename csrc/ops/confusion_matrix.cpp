@@ -17,7 +17,7 @@ void run(const at::Tensor& logits, const at::Tensor& target, int64_t ignore_inde
   TORCH_CHECK_VALUE(target.dim() == 3, "target: expected shape [B, H, W], found ",
                     target.sizes());
   const int64_t shape[] = {args.logits.batch, target.size(1), target.size(2)};
-  args.target = integer_map(target, shape, "target");
+  args.target = integer_map(target, shape, logits, "target");
   check_size(shape[1], shape[2]);
   args.ignore_index = ignore_index;
   const auto plan = make_upsampling_plan<T>(args.logits.height, args.logits.width, shape[1],

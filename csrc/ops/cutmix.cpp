@@ -69,7 +69,8 @@ void cutmix_(at::Tensor& images, const at::Tensor& boxes, const at::Tensor& part
                     "images: expected shape [B, C, H, W] or [B, H, W], found ", images.sizes());
   TORCH_CHECK_VALUE(images.device().is_cpu(), "images: expected a CPU tensor, found ",
                     images.device());
-  const Boxes checked = checked_boxes(boxes, partner, images.size(0));
+  const Boxes checked = checked_boxes(boxes, partner, images.size(0), images);
+  check_partners(checked);
   if (images.numel() == 0) return;
   at::Tensor planes = images.dim() == 3 ? images.unsqueeze(1) : images;
   if (planes.is_contiguous()) {

@@ -37,11 +37,16 @@ public:
     TORCH_CHECK_VALUE(in.target.dim() == 3, "target: expected shape [B, H, W], found ",
                       in.target.sizes());
     const int64_t shape[] = {args.logits.batch, in.target.size(1), in.target.size(2)};
-    args.target = integer_map(in.target, shape, "target");
+    args.target = integer_map(in.target, shape, in.logits, "target");
     check_size(shape[1], shape[2]);
-    if (in.confidence) args.confidence = float_map(*in.confidence, shape, "confidence");
-    if (in.ignore_mask) args.ignore_mask = integer_map(*in.ignore_mask, shape, "ignore_mask");
-    boxes_ = checked_boxes(in.boxes, in.partner, args.logits.batch);
+    if (in.confidence) {
+      args.confidence = float_map(*in.confidence, shape, in.logits, "confidence");
+    }
+    if (in.ignore_mask) {
+      args.ignore_mask = integer_map(*in.ignore_mask, shape, in.logits, "ignore_mask");
+    }
+    boxes_ = checked_boxes(in.boxes, in.partner, args.logits.batch, in.logits);
+    check_partners(boxes_);
     args.mix = boxes_.view();
     set_class_weight();
     args.ignore_index = in.ignore_index;

@@ -48,7 +48,7 @@ Result run(const Inputs& in, const bool (&need)[2], const double (&scale)[2],
   check_pair(in);
   const LogitsView& view = args.logits[0];
   const int64_t shape[] = {view.batch, in.height, in.width};
-  if (in.ignore_mask) args.ignore_mask = integer_map(*in.ignore_mask, shape, "ignore_mask");
+  if (in.ignore_mask) args.ignore_mask = integer_map(*in.ignore_mask, shape, in.logits_a, "ignore_mask");
   args.ignore_index = in.ignore_index;
   args.threshold = in.threshold;
   const auto plan = make_upsampling_plan<T>(view.height, view.width, in.height, in.width,

@@ -9,10 +9,12 @@
 namespace co2s {
 namespace {
 
-MapView map_view(const at::Tensor& map, at::IntArrayRef shape, const char* name) {
+MapView map_view(const at::Tensor& map, at::IntArrayRef shape, const at::Tensor& logits,
+                 const char* name) {
   TORCH_CHECK_VALUE(map.sizes() == shape, name, ": expected shape ", shape, ", found ",
                     map.sizes());
-  TORCH_CHECK_VALUE(map.device().is_cpu(), name, ": expected a CPU tensor, found ", map.device());
+  TORCH_CHECK_VALUE(map.device() == logits.device(), name, ": expected a tensor on ",
+                    logits.device(), ", as the logits, found ", map.device());
   return {map.const_data_ptr(), dtype_of(map, name), map.stride(0), map.stride(1), map.stride(2)};
 }
 
@@ -39,14 +41,14 @@ at::Tensor scaled(const at::Tensor& saved, const at::Tensor& upstream, const at:
   return gradient;
 }
 
-LogitsView logits_view(const at::Tensor& logits, const char* name) {
+LogitsView logits_view(const at::Tensor& logits, const char* name, at::DeviceType on) {
   TORCH_CHECK_VALUE(logits.dim() == 4, name, ": expected shape [B, K, h, w], found ",
                     logits.sizes());
   TORCH_CHECK_TYPE(logits.is_floating_point(), name,
                    ": expected float32, float64, float16 or bfloat16, found ",
                    logits.scalar_type());
-  TORCH_CHECK_VALUE(logits.device().is_cpu(), name, ": expected a CPU tensor, found ",
-                    logits.device());
+  TORCH_CHECK_VALUE(logits.device().type() == on, name, ": expected a ", at::DeviceTypeName(on),
+                    " tensor, found ", logits.device());
   TORCH_CHECK_VALUE(logits.size(1) > 0 && logits.size(2) > 0 && logits.size(3) > 0, name,
                     ": expected at least one class, row and column, found ", logits.sizes());
   return {logits.const_data_ptr(), dtype_of(logits, name), logits.size(0),   logits.size(1),
@@ -54,18 +56,20 @@ LogitsView logits_view(const at::Tensor& logits, const char* name) {
           logits.stride(2),        logits.stride(3)};
 }
 
-MapView integer_map(const at::Tensor& map, at::IntArrayRef shape, const char* name) {
+MapView integer_map(const at::Tensor& map, at::IntArrayRef shape, const at::Tensor& logits,
+                    const char* name) {
   const auto type = map.scalar_type();
   TORCH_CHECK_TYPE(type == at::kByte || type == at::kBool || type == at::kInt || type == at::kLong,
                    name, ": expected uint8, int32 or int64, found ", type);
-  return map_view(map, shape, name);
+  return map_view(map, shape, logits, name);
 }
 
-MapView float_map(const at::Tensor& map, at::IntArrayRef shape, const char* name) {
+MapView float_map(const at::Tensor& map, at::IntArrayRef shape, const at::Tensor& logits,
+                  const char* name) {
   const auto type = map.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, name,
                    ": expected float32 or float64, found ", type);
-  return map_view(map, shape, name);
+  return map_view(map, shape, logits, name);
 }
 
 BoxesView Boxes::view() const {
@@ -73,7 +77,8 @@ BoxesView Boxes::view() const {
   return {boxes.const_data_ptr<int32_t>(), partner.const_data_ptr<int64_t>()};
 }
 
-Boxes checked_boxes(const OptionalTensor& boxes, const OptionalTensor& partner, int64_t batch) {
+Boxes checked_boxes(const OptionalTensor& boxes, const OptionalTensor& partner, int64_t batch,
+                    const at::Tensor& with) {
   TORCH_CHECK_VALUE(boxes.has_value() == partner.has_value(),
                     "boxes and partner: expected both or none");
   if (!boxes.has_value()) return {};
@@ -85,15 +90,20 @@ Boxes checked_boxes(const OptionalTensor& boxes, const OptionalTensor& partner, 
                    boxes->scalar_type());
   TORCH_CHECK_TYPE(partner->scalar_type() == at::kLong, "partner: expected int64, found ",
                    partner->scalar_type());
-  TORCH_CHECK_VALUE(boxes->device().is_cpu() && partner->device().is_cpu(),
-                    "boxes and partner: expected CPU tensors, as the logits");
-  Boxes checked{boxes->contiguous(), partner->contiguous()};
-  const int64_t* images = checked.partner.const_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(boxes->device() == with.device() && partner->device() == with.device(),
+                    "boxes and partner: expected tensors on ", with.device(), ", found ",
+                    boxes->device(), " and ", partner->device());
+  return {boxes->contiguous(), partner->contiguous()};
+}
+
+void check_partners(const Boxes& boxes) {
+  if (!boxes.partner.defined()) return;
+  const int64_t batch = boxes.partner.numel();
+  const int64_t* images = boxes.partner.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < batch; ++b) {
     TORCH_CHECK_INDEX(images[b] >= 0 && images[b] < batch, "partner: ", images[b], " at image ", b,
                       " is outside [0, ", batch, ")");
   }
-  return checked;
 }
 
 at::ScalarType wide_dtype(const at::Tensor& logits) {

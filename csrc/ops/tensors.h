@@ -20,19 +20,25 @@ using PairTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, a
 // A saved gradient times one value, contiguous and in the logits' dtype; one launch on a GPU.
 at::Tensor scaled(const at::Tensor& saved, const at::Tensor& upstream, const at::Tensor& logits);
 
-// logits [B,K,h,w] of a floating dtype on the CPU; raises a clear error otherwise.
-LogitsView logits_view(const at::Tensor& logits, const char* name);
+// logits [B,K,h,w] of a floating dtype on a device of that type; raises a clear error otherwise.
+LogitsView logits_view(const at::Tensor& logits, const char* name, at::DeviceType on = at::kCPU);
 
-// A map [B,H,W] whose shape has been checked against (batch, height, width).
-MapView integer_map(const at::Tensor& map, at::IntArrayRef shape, const char* name);
-MapView float_map(const at::Tensor& map, at::IntArrayRef shape, const char* name);
+// A map [B,H,W] whose shape has been checked against (batch, height, width), where the logits are.
+MapView integer_map(const at::Tensor& map, at::IntArrayRef shape, const at::Tensor& logits,
+                    const char* name);
+MapView float_map(const at::Tensor& map, at::IntArrayRef shape, const at::Tensor& logits,
+                  const char* name);
 
 // Keeps the contiguous copies alive that its view points into.
 struct Boxes {
   at::Tensor boxes, partner;
   BoxesView view() const;
 };
-Boxes checked_boxes(const OptionalTensor& boxes, const OptionalTensor& partner, int64_t batch);
+// Boxes and partners where `with` is, or none. Their values stay unseen: on a GPU that would need
+// a host sync.
+Boxes checked_boxes(const OptionalTensor& boxes, const OptionalTensor& partner, int64_t batch,
+                    const at::Tensor& with);
+void check_partners(const Boxes& boxes); // on the CPU
 
 Dtype dtype_of(const at::Tensor& tensor, const char* name);
 

@@ -79,9 +79,12 @@ def test_the_next_is_begun_once_a_batch_is_on_the_device(monkeypatch):
 
 
 def test_a_batch_that_was_taken_is_not_kept():
-    batches = iter(Ahead(Source(20), CPU))
+    source = Source(20)
+    batches = iter(Ahead(source, CPU))
     taken = next(batches)
     kept = weakref.ref(taken)
+    while source.made < 1 + DEPTH:  # until then the thread may still hold it
+        time.sleep(0.01)
     del taken
     assert kept() is None
     batches.close()

@@ -8,23 +8,6 @@ namespace {
 
 constexpr int64_t kScratchBytes = int64_t(64) << 20;
 
-bool on_cuda(const at::Tensor& tensor) {
-#if defined(CO2S_EMULATE_CUDA)
-  return tensor.is_cpu();
-#else
-  return tensor.is_cuda();
-#endif
-}
-
-MapView map_on_device(const at::Tensor& map, at::IntArrayRef shape, const at::Tensor& logits,
-                      const char* name) {
-  TORCH_CHECK_VALUE(map.sizes() == shape, name, ": expected shape ", shape, ", found ",
-                    map.sizes());
-  TORCH_CHECK_VALUE(map.device() == logits.device(), name, ": expected a tensor on ",
-                    logits.device(), ", as the logits, found ", map.device());
-  return {map.const_data_ptr(), dtype_of(map, name), map.stride(0), map.stride(1), map.stride(2)};
-}
-
 int64_t item_size(Dtype dtype) {
   switch (dtype) {
   case Dtype::kUInt8: return 1;
@@ -41,55 +24,6 @@ bool starts_at_multiple_of(const void* data, int64_t bytes) {
 }
 
 } // namespace
-
-LogitsView logits_on_device(const at::Tensor& logits, const char* name) {
-  TORCH_CHECK_VALUE(logits.dim() == 4, name, ": expected shape [B, K, h, w], found ",
-                    logits.sizes());
-  TORCH_CHECK_TYPE(logits.is_floating_point(), name,
-                   ": expected float32, float64, float16 or bfloat16, found ",
-                   logits.scalar_type());
-  TORCH_CHECK_VALUE(on_cuda(logits), name, ": expected a CUDA tensor, found ", logits.device());
-  TORCH_CHECK_VALUE(logits.size(1) > 0 && logits.size(2) > 0 && logits.size(3) > 0, name,
-                    ": expected at least one class, row and column, found ", logits.sizes());
-  return {logits.const_data_ptr(), dtype_of(logits, name), logits.size(0),   logits.size(1),
-          logits.size(2),          logits.size(3),         logits.stride(0), logits.stride(1),
-          logits.stride(2),        logits.stride(3)};
-}
-
-MapView integers_on_device(const at::Tensor& map, at::IntArrayRef shape, const at::Tensor& logits,
-                           const char* name) {
-  const auto type = map.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kByte || type == at::kBool || type == at::kInt || type == at::kLong,
-                   name, ": expected uint8, int32 or int64, found ", type);
-  return map_on_device(map, shape, logits, name);
-}
-
-MapView floats_on_device(const at::Tensor& map, at::IntArrayRef shape, const at::Tensor& logits,
-                         const char* name) {
-  const auto type = map.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, name,
-                   ": expected float32 or float64, found ", type);
-  return map_on_device(map, shape, logits, name);
-}
-
-Boxes boxes_on_device(const OptionalTensor& boxes, const OptionalTensor& partner, int64_t batch,
-                      const at::Tensor& on) {
-  TORCH_CHECK_VALUE(boxes.has_value() == partner.has_value(),
-                    "boxes and partner: expected both or none");
-  if (!boxes.has_value()) return {};
-  TORCH_CHECK_VALUE(boxes->dim() == 2 && boxes->size(0) == batch && boxes->size(1) == 4,
-                    "boxes: expected shape [", batch, ", 4], found ", boxes->sizes());
-  TORCH_CHECK_VALUE(partner->dim() == 1 && partner->size(0) == batch, "partner: expected shape [",
-                    batch, "], found ", partner->sizes());
-  TORCH_CHECK_TYPE(boxes->scalar_type() == at::kInt, "boxes: expected int32, found ",
-                   boxes->scalar_type());
-  TORCH_CHECK_TYPE(partner->scalar_type() == at::kLong, "partner: expected int64, found ",
-                   partner->scalar_type());
-  TORCH_CHECK_VALUE(boxes->device() == on.device() && partner->device() == on.device(),
-                    "boxes and partner: expected tensors on ", on.device(), ", found ",
-                    boxes->device(), " and ", partner->device());
-  return {boxes->contiguous(), partner->contiguous()};
-}
 
 void check_extent(const LogitsView& logits, int64_t height, int64_t width) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();

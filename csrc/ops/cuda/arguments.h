@@ -10,10 +10,12 @@
 
 #if defined(CO2S_EMULATE_CUDA)
 #define CO2S_CUDA_IMPL(m) TORCH_LIBRARY_IMPL(co2s_emulated, CPU, m)
+#define CO2S_CUDA_DEVICE at::kCPU
 #else
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #define CO2S_CUDA_IMPL(m) TORCH_LIBRARY_IMPL(co2s_native, CUDA, m)
+#define CO2S_CUDA_DEVICE at::kCUDA
 #endif
 
 namespace co2s::cuda {
@@ -32,18 +34,6 @@ private:
   c10::cuda::CUDAGuard guard_;
 #endif
 };
-
-LogitsView logits_on_device(const at::Tensor& logits, const char* name);
-
-// A map [B,H,W] on the device of the logits.
-MapView integers_on_device(const at::Tensor& map, at::IntArrayRef shape, const at::Tensor& logits,
-                           const char* name);
-MapView floats_on_device(const at::Tensor& map, at::IntArrayRef shape, const at::Tensor& logits,
-                         const char* name);
-
-// Contiguous boxes and partners, or none. Their values stay unseen: that would need a host sync.
-Boxes boxes_on_device(const OptionalTensor& boxes, const OptionalTensor& partner, int64_t batch,
-                      const at::Tensor& on);
 
 // Checks that 32 bits hold every coordinate and every pixel of an image.
 void check_extent(const LogitsView& logits, int64_t height, int64_t width);

@@ -9,14 +9,14 @@ void run(const at::Tensor& logits, const at::Tensor& target, int64_t ignore_inde
          bool align_corners, at::Tensor& out) {
   const OnDeviceOf device(logits);
   ConfusionProblem<T> problem{};
-  problem.logits = logits_on_device(logits, "logits");
+  problem.logits = logits_view(logits, "logits", CO2S_CUDA_DEVICE);
   TORCH_CHECK_VALUE(target.dim() == 3, "target: expected shape [B, H, W], found ",
                     target.sizes());
   const int64_t batch = problem.logits.batch, height = target.size(1), width = target.size(2);
   check_size(height, width);
   check_extent(problem.logits, height, width);
   PixelMaps& maps = problem.maps;
-  maps.target = integers_on_device(target, {batch, height, width}, logits, "target");
+  maps.target = integer_map(target, {batch, height, width}, logits, "target");
   maps.ignore_index = ignore_index;
   maps.batch = batch;
   maps.classes = problem.logits.classes;

@@ -11,7 +11,7 @@ void cutmix_(at::Tensor& images, const at::Tensor& boxes, const at::Tensor& part
   TORCH_CHECK_VALUE(images.dim() == 3 || images.dim() == 4,
                     "images: expected shape [B, C, H, W] or [B, H, W], found ", images.sizes());
   const OnDeviceOf device(images);
-  const Boxes checked = boxes_on_device(boxes, partner, images.size(0), images);
+  const Boxes checked = checked_boxes(boxes, partner, images.size(0), images);
   if (images.numel() == 0) return;
   const at::Tensor planes = images.dim() == 3 ? images.unsqueeze(1) : images;
   TORCH_CHECK_VALUE(planes.size(1) <= std::numeric_limits<int32_t>::max() / planes.size(3),

@@ -33,7 +33,7 @@ template <class T> Prepared<T> prepare(const Inputs& in) {
   Prepared<T> prepared;
   CrossEntropyProblem<T>& problem = prepared.problem;
   check_threshold(in.threshold);
-  problem.logits = logits_on_device(in.logits, "logits");
+  problem.logits = logits_view(in.logits, "logits", CO2S_CUDA_DEVICE);
   TORCH_CHECK_VALUE(in.target.dim() == 3, "target: expected shape [B, H, W], found ",
                     in.target.sizes());
   const int64_t batch = problem.logits.batch;
@@ -41,14 +41,14 @@ template <class T> Prepared<T> prepare(const Inputs& in) {
   check_size(shape[1], shape[2]);
   check_extent(problem.logits, shape[1], shape[2]);
   PixelMaps& maps = problem.maps;
-  maps.target = integers_on_device(in.target, shape, in.logits, "target");
+  maps.target = integer_map(in.target, shape, in.logits, "target");
   if (in.confidence) {
-    maps.confidence = floats_on_device(*in.confidence, shape, in.logits, "confidence");
+    maps.confidence = float_map(*in.confidence, shape, in.logits, "confidence");
   }
   if (in.ignore_mask) {
-    maps.ignore_mask = integers_on_device(*in.ignore_mask, shape, in.logits, "ignore_mask");
+    maps.ignore_mask = integer_map(*in.ignore_mask, shape, in.logits, "ignore_mask");
   }
-  prepared.boxes = boxes_on_device(in.boxes, in.partner, batch, in.logits);
+  prepared.boxes = checked_boxes(in.boxes, in.partner, batch, in.logits);
   maps.mix = prepared.boxes.view();
   maps.ignore_index = in.ignore_index;
   maps.batch = batch;

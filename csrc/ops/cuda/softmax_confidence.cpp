@@ -9,7 +9,7 @@ std::tuple<at::Tensor, at::Tensor> run(const at::Tensor& logits, int64_t height,
                                        bool align_corners, at::ScalarType label_dtype) {
   const OnDeviceOf device(logits);
   ConfidenceProblem<T> problem{};
-  problem.logits = logits_on_device(logits, "logits");
+  problem.logits = logits_view(logits, "logits", CO2S_CUDA_DEVICE);
   check_size(height, width);
   check_extent(problem.logits, height, width);
   const int64_t batch = problem.logits.batch;

@@ -19,8 +19,8 @@ struct Inputs {
 
 template <class T> StabilityProblem<T> prepare(const Inputs& in) {
   StabilityProblem<T> problem{};
-  problem.logits[0] = logits_on_device(in.logits_a, "logits_a");
-  problem.logits[1] = logits_on_device(in.logits_b, "logits_b");
+  problem.logits[0] = logits_view(in.logits_a, "logits_a", CO2S_CUDA_DEVICE);
+  problem.logits[1] = logits_view(in.logits_b, "logits_b", CO2S_CUDA_DEVICE);
   TORCH_CHECK_VALUE(in.logits_a.sizes() == in.logits_b.sizes() &&
                         in.logits_a.device() == in.logits_b.device(),
                     "logits_b: expected shape ", in.logits_a.sizes(), " on ",
@@ -35,7 +35,7 @@ template <class T> StabilityProblem<T> prepare(const Inputs& in) {
   const int64_t batch = problem.logits[0].batch, shape[] = {batch, in.height, in.width};
   if (in.ignore_mask) {
     problem.maps.ignore_mask =
-        integers_on_device(*in.ignore_mask, shape, in.logits_a, "ignore_mask");
+        integer_map(*in.ignore_mask, shape, in.logits_a, "ignore_mask");
   }
   problem.maps.ignore_index = in.ignore_index;
   problem.maps.width = static_cast<int32_t>(in.width);
