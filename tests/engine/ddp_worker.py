@@ -22,8 +22,16 @@ from co2s_fast.engine.trainer import Trainer, train
 
 
 def gradients(config: RunConfig, out: str) -> None:
-    """Write every gradient of step 3, and the losses summed over ranks."""
+    """Write every gradient of step 3, and the losses summed over ranks, in double precision."""
+    usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
+    try:
+        _gradients(config, out)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def _gradients(config: RunConfig, out: str) -> None:
     trainer = Trainer(config, progress=False)
     trainer.set_up(resume=False, dry_run=True)
     trainer.method.train()

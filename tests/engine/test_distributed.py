@@ -8,22 +8,24 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+import ddp_worker
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
 
 from co2s_fast.engine import distributed
+from co2s_fast.engine.config import RunConfig
 from co2s_fast.engine.log import read_metrics
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 REPOSITORY = Path(__file__).parents[2]
+Gradients = tuple[dict[str, torch.Tensor], dict[str, float]]
 
 
 def launch(processes: int, *arguments: str) -> None:
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    """Run the worker under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                    "PYTHONPATH": str(REPOSITORY)}  # fmt: skip
     done = subprocess.run(
@@ -33,28 +35,29 @@ def launch(processes: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def gradients(content: dict, out: Path, processes: int) -> Gradients:
+    """One step's gradients and losses, made by torchrun's processes or by this one."""
+    if processes == 1:
+        ddp_worker.gradients(RunConfig.model_validate(content), str(out))
+    else:
+        config = write_config(out.with_suffix(".yaml"), content)
+        launch(processes, "gradients", config, str(out))
+    with safe_open(out, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return tensors, {key: float(value) for key, value in file.metadata().items()}
+
+
 def write_config(path: Path, content: dict) -> str:
     path.write_text(yaml.safe_dump(content))
     return str(path)
 
 
-def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        return tensors, {key: float(value) for key, value in file.metadata().items()}
-
-
 def assert_same_gradients(
     content: dict, folder: Path, apart: Collection[str] = ()
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+) -> Gradients:
     """One step's losses, but for some, and gradients of one process are those of two; those."""
-    config = write_config(folder / "config.yaml", content)
-    found = {}
-    for processes in (1, 2):
-        out = folder / f"{processes}.safetensors"
-        launch(processes, "gradients", config, str(out))
-        found[processes] = read(out)
-    (one, losses), (two, losses_two) = found[1], found[2]
+    (one, losses), (two, losses_two) = (
+        gradients(content, folder / f"{n}.safetensors", processes=n) for n in (1, 2))
     assert losses_two.keys() == losses.keys()
     for key in losses.keys() - set(apart):
         assert losses_two[key] == pytest.approx(losses[key], rel=1e-9, abs=1e-12), key
@@ -92,16 +95,14 @@ def test_two_processes_add_up_the_parts_of_their_shares(run_content, tmp_path) -
     found = {}
     for processes, parts in ((1, 1), (1, 4), (2, 2)):
         content["train"]["accumulate"] = parts
-        config = write_config(tmp_path / "config.yaml", content)
         out = tmp_path / f"{processes}-{parts}.safetensors"
-        launch(processes, "gradients", config, str(out))
-        found[processes, parts] = read(out)
+        found[processes, parts] = gradients(content, out, processes)
     whole, losses = found.pop((1, 1))
     assert losses["clip/s1"] > 0 and losses["ssm/stability"] + losses["clip/stability"] > 0
-    for case, (gradients, values) in found.items():
+    for case, (in_parts, values) in found.items():
         assert values == pytest.approx(losses, rel=1e-9, abs=1e-12), case
         for name, gradient in whole.items():
-            torch.testing.assert_close(gradients[name], gradient, rtol=1e-6, atol=1e-12, msg=name)
+            torch.testing.assert_close(in_parts[name], gradient, rtol=1e-6, atol=1e-12, msg=name)
 
 
 @pytest.mark.slow
