@@ -83,7 +83,7 @@ def pseudo_label_figures(run: Run, students: list[str]) -> list[Figure]:
             found += _figure(caption, paths, run.train, scale=100, smooth=True, y_from_zero=zero)
     x, y = series(run.train, "agreement", scale=100)
     if x:
-        found.append(("Pixels of the unlabelled images on which the students agree, %",
+        found.append(("Pixels the students agree on, %",
                       curve([Line(x, y, "#5b6270", smooth=True)])))
     return found
 

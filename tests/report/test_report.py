@@ -243,7 +243,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
 def test_pseudo_labels_by_class_and_agreement_are_shown(run_folder):
     page = open_page(write_report(run_folder))
     text = html.unescape(page.text)
-    assert "Pixels of the unlabelled images on which the students agree, %" in text
+    assert "Pixels the students agree on, %" in text
     assert "the class's share of them" in text
     rows = text.partition("the class's share of them")[2].partition("Loss terms")[0]
     assert "field 75.0 62.5 75.0 62.5" in rows and "road 0.0 n/a 0.0 n/a" in rows
