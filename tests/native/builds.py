@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -44,6 +45,13 @@ def cmake_build(
                  *(f"-D{key}={value}" for key, value in options.items())]  # fmt: skip
     if tool("ninja") and not (folder / "Makefile").is_file():
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # tests may run in several processes
+        _configure_and_build(configure, folder, targets)
+    return folder
+
+
+def _configure_and_build(configure: list, folder: Path, targets: tuple[str, ...]) -> None:
     configured = subprocess.run(configure, capture_output=True, text=True, timeout=600)
     if "their major versions have to agree" in configured.stderr:
         pytest.skip(f"torch is for CUDA {torch.version.cuda}, nvcc of another major version")
@@ -51,4 +59,3 @@ def cmake_build(
     build = [tool("cmake"), "--build", folder, "--parallel", "--target", *targets]
     built = subprocess.run(build, capture_output=True, text=True, timeout=5400)
     assert built.returncode == 0, (built.stdout + built.stderr)[-5000:]
-    return folder
