@@ -18,13 +18,14 @@ install: $(VENV)/.ready
 
 # torch comes first and without build isolation: the native part compiles against the torch it will
 # run with. Where no compiler is found the install still succeeds, with Triton and reference ops.
+# Of the packages' modules a tenth is ever imported: Python compiles those when they are.
 $(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f 2>/dev/null)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d; make PYTHON=... chooses another" % v[:2])'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --progress-bar on torch torchvision
-	$(BIN)/python -m pip install --quiet pybind11 ninja cmake
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --no-compile --progress-bar on torch torchvision
+	$(BIN)/python -m pip install --no-compile --quiet pybind11 ninja cmake
+	$(BIN)/python -m pip install --no-compile --quiet --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 demo: install
