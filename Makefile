@@ -18,7 +18,7 @@ install: $(VENV)/.ready
 
 # torch comes first and without build isolation: the native part compiles against the torch it will
 # run with. Where no compiler is found the install still succeeds, with Triton and reference ops.
-# Of the packages' modules a tenth is ever imported: Python compiles those when they are.
+# Few of the packages' modules are ever imported; Python compiles those when they are.
 $(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f 2>/dev/null)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, $(PYTHON) is %d.%d; make PYTHON=... chooses another" % v[:2])'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
