@@ -92,7 +92,8 @@ def _times_faster(rows: list[dict[str, Any]], row: dict[str, Any], first: str) -
     yardstick = results.lookup(rows, provider=first, **keys)
     if yardstick is None or not row["median"]:
         return "-"
-    return f"{yardstick['median'] / row['median']:.3g}x"
+    times = yardstick["median"] / row["median"]
+    return f"{times:.0f}x" if times >= 100 else f"{times:.3g}x"
 
 
 def section_lines(content: dict[str, Any], section: str) -> tuple[list[str], list[list[str]]]:

@@ -54,9 +54,7 @@ class Batch:
 
         Even a copy that has nothing to do lets another thread run Python first.
         """
-        tensors = [value for f in fields(self)
-                   if isinstance(value := getattr(self, f.name), Tensor)]
-        if all(tensor.device == torch.device(device) for tensor in tensors):
+        if all(tensor.device == torch.device(device) for tensor in self._tensors().values()):
             return self
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
@@ -95,6 +93,8 @@ class Batch:
         ]  # fmt: skip
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        changed = {f.name: function(value) for f in fields(self)
-                   if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **changed)
+        return replace(self, **{name: function(t) for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: value for f in fields(self)
+                if isinstance(value := getattr(self, f.name), Tensor)}

@@ -332,7 +332,7 @@ class Trainer:
         batches = map(methodcaller("to", self.device, non_blocking=True), loader)
         with deaf_children():  # the workers start with the first batch
             first = [next(batches)]
-        yield first.pop()
+        yield first.pop()  # nothing here keeps a batch that is being used
         yield from batches
 
     def _make_step(self, batch: Batch) -> None:

@@ -83,7 +83,9 @@ def test_a_batch_that_was_taken_is_not_kept():
     batches = iter(Ahead(source, CPU))
     taken = next(batches)
     kept = weakref.ref(taken)
+    deadline = time.monotonic() + 30
     while source.made < 1 + DEPTH:  # until then the thread may still hold it
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     del taken
     assert kept() is None

@@ -52,9 +52,7 @@ def write_config(path: Path, content: dict) -> str:
     return str(path)
 
 
-def assert_same_gradients(
-    content: dict, folder: Path, apart: Collection[str] = ()
-) -> Gradients:
+def assert_same_gradients(content: dict, folder: Path, apart: Collection[str] = ()) -> Gradients:
     """One step's losses, but for some, and gradients of one process are those of two; those."""
     (one, losses), (two, losses_two) = (
         gradients(content, folder / f"{n}.safetensors", processes=n) for n in (1, 2))
