@@ -34,7 +34,8 @@ from co2s_fast.errors import DataError
 from co2s_fast.losses import confusion_matrix, softmax_confidence
 
 FORMAT = 1
-# At which pseudo-labels are measured beside the run's own.
+# At which pseudo-labels are measured where the method has no threshold, and beside it.
+THRESHOLD = 0.95
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
@@ -118,7 +119,7 @@ def pseudo_label_quality(
     config: EvalConfig,
     device: torch.device | str,
     *,
-    threshold: float = 0.95,
+    threshold: float = THRESHOLD,
     limit: int | None = None,
     progress: bool = True,
     rank: int = 0,

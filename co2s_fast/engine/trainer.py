@@ -27,7 +27,7 @@ from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.collapse import CollapseWatch
 from co2s_fast.engine.config import CONFIG_FILE, RunConfig, dump_config, read_run_config
 from co2s_fast.engine.damage import DamageTally
-from co2s_fast.engine.evaluation import evaluate, pseudo_label_quality
+from co2s_fast.engine.evaluation import THRESHOLD, evaluate, pseudo_label_quality
 from co2s_fast.engine.folder import check_run_folder, holds_run, locked
 from co2s_fast.engine.footprint import set_checkpointing, with_settings_of
 from co2s_fast.engine.interrupt import Interrupted, StopSignal, deaf_children
@@ -419,7 +419,7 @@ class Trainer:
         )
         pseudo = {}
         if len(self.probe):
-            threshold = getattr(self.config.method, "threshold", 0.95)
+            threshold = getattr(self.config.method, "threshold", THRESHOLD)
             pseudo = pseudo_label_quality(
                 self.evaluated, self.probe, self.spec, config, self.device, threshold=threshold,
                 limit=self.config.train.probe_images, progress=False, **place,

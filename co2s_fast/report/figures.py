@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from co2s_fast.engine.evaluation import THRESHOLD
 from co2s_fast.report.plots import Line, color_of, curve, series
 from co2s_fast.report.run import SHORT_NAMES, Run
 
@@ -120,7 +121,7 @@ def pseudo_text(run: Run) -> str:
             "(method.class_thresholds)."
         )
     threshold = run.setting("method.threshold")
-    level = f"confidence {0.95 if threshold is None else threshold}"  # as the trainer probes
+    level = f"confidence {THRESHOLD if threshold is None else threshold}"
     return (
         f"Coverage: share of pixels at or above {level}; accuracy: share of those that are right, "
         f"on unlabelled images whose labels are known.{more}"
