@@ -1,6 +1,6 @@
-"""Tables from result files: plain ones for the terminal, Markdown ones for the README.
+"""Tables from result files: plain ones for the terminal, Markdown ones for the documents.
 
-    python benchmarks/tables.py            rewrite the tables in README.md
+    python benchmarks/tables.py            rewrite the tables in README.md and benchmarks/RESULTS.md
     python benchmarks/tables.py --check    exit with 1 when they are not what the results say
 
 A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`. NAME is a section of
@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md")
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last: the installed package goes first
 
@@ -265,19 +266,22 @@ def render(text: str, folder: Path) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
-@click.option("--readme", type=click.Path(path_type=Path, exists=True), default=ROOT / "README.md")
+@click.argument("documents", nargs=-1, type=click.Path(path_type=Path, exists=True))
 @click.option("--results", "folder", type=click.Path(path_type=Path), default=results.FOLDER)
 @click.option("--check", is_flag=True, help="Change nothing; exit with 1 if a table is stale.")
-def main(readme: Path, folder: Path, check: bool) -> None:
-    before = readme.read_text()
-    after = render(before, folder)
-    if check and after != before:
-        raise click.ClickException(f"{readme}: tables are stale; run python benchmarks/tables.py")
-    if after != before:
-        partial = readme.with_name(readme.name + ".part")
-        partial.write_text(after)
-        partial.replace(readme)
-    click.echo(f"{readme}: " + ("unchanged" if after == before else "tables written"))
+def main(documents: tuple[Path, ...], folder: Path, check: bool) -> None:
+    for document in documents or DOCUMENTS:
+        before = document.read_text()
+        after = render(before, folder)
+        if check and after != before:
+            raise click.ClickException(
+                f"{document}: tables are stale; run python benchmarks/tables.py"
+            )
+        if after != before:
+            partial = document.with_name(document.name + ".part")
+            partial.write_text(after)
+            partial.replace(document)
+        click.echo(f"{document}: " + ("unchanged" if after == before else "tables written"))
 
 
 if __name__ == "__main__":

@@ -46,9 +46,20 @@ def test_stored_results_fit_the_schema(schema, accuracy_schema):
             assert re.fullmatch(r"[a-z0-9-]+-\d+-threads", path.stem)
 
 
-def test_readme_tables_are_what_the_results_say():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_what_the_results_say(document):
+    text = document.read_text()
+    assert tables.MARKER.search(text)
     assert tables.render(text, results.FOLDER) == text
+
+
+def test_documents_tell_of_every_result_file():
+    told = "".join(document.read_text() for document in tables.DOCUMENTS)
+    sections = {match["name"].partition("@")[0] for match in tables.MARKER.finditer(told)}
+    for path in RESULTS:
+        rows = json.loads(path.read_text()).get("rows", ())
+        in_a_table = sections & {row["section"] for row in rows}
+        assert in_a_table or path.stem.removeprefix("accuracy_") in told, path.name
 
 
 def test_header_of_this_machine_fits(schema):
@@ -133,7 +144,7 @@ def test_render_refuses_an_open_marker(folder):
 def test_check_notices_stale_tables(folder, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- benchmark:loss_section -->\n<!-- /benchmark -->\n")
-    arguments = ["--readme", str(readme), "--results", str(folder)]
+    arguments = [str(readme), "--results", str(folder)]
     runner = CliRunner()
     assert runner.invoke(tables.main, [*arguments, "--check"]).exit_code == 1
     assert runner.invoke(tables.main, arguments).exit_code == 0
