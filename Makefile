@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 BIN := $(VENV)/bin
-PYTEST_ARGS ?=
+# A process a core, four at the most: each takes 2 to 4 GB.
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help install demo test bench lint clean
 

@@ -9,6 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if PROCESSES > 1:  # they share the cores, and so do the processes that tests start
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max((cores or 1) // PROCESSES, 1)))
+    torch.set_num_threads(int(threads))
+
 if not torch.cuda.is_available():  # before anything imports triton, which reads it only then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

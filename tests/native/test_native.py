@@ -75,11 +75,13 @@ def test_decode_palette_counts_undeclared(rng):
 
 def test_decode_palette_limit_and_threads_do_not_change_the_answer(rng):
     noise = rng.integers(0, 256, (400, 50, 3), dtype=np.uint8)
-    answers = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        answers.append(native.decode_palette(noise, COLORS, VALUES, limit=7))
-    torch.set_num_threads(1)
+    before, answers = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            answers.append(native.decode_palette(noise, COLORS, VALUES, limit=7))
+    finally:
+        torch.set_num_threads(before)
     assert len(answers[0][1]) == 7
     assert answers[0][1] == answers[1][1]
     np.testing.assert_array_equal(answers[0][0], answers[1][0])
