@@ -8,6 +8,7 @@ looked at all the same). Order: type, shape, dtype, device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -76,17 +77,39 @@ def check_map(
                     "ignore_index + 1)")
         raise TypeError(f"{name}: expected uint8, int32 or int64, got {value.dtype}{hint}")
     if kind == "float" and value.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+        hint = f"; for True where a pixel is confident: {name}.float()" * (
+            value.dtype == torch.bool)
+        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}{hint}")
     check_device(name, value, logits.device)
 
 
-def check_number(name: str, value: object, whole: bool = False) -> None:
-    """Raise TypeError unless `value` is an int, or, when not `whole`, a float."""
-    numbers = (int, torch.SymInt) if whole else (int, float)  # of a size that is traced, a SymInt
-    if isinstance(value, bool) or not isinstance(value, numbers):
-        raise TypeError(
-            f"{name}: expected {'an int' if whole else 'a number'}, got {type(value).__name__}"
-        )
+def check_number(name: str, value: object, whole: bool = False) -> int | float:
+    """`value`, or raise TypeError unless it is an int, or, when not `whole`, a float.
+
+    A number of NumPy becomes Python's.
+    """
+    kinds = (int, torch.SymInt) if whole else (int, float)  # of a size that is traced, a SymInt
+    if isinstance(value, kinds) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, bool) and not whole:
+        return float(value)
+    kind = type(value).__name__
+    shown = f"{kind} {value}" if isinstance(value, Real) else kind
+    hint = ""
+    if name == "threshold" and isinstance(value, Tensor):
+        hint = ("; thresholds of classes: confidence=(confidence >= thresholds[label]).float(), "
+                "threshold=1.0")
+    raise TypeError(f"{name}: expected {'an int' if whole else 'a number'}, got {shown}{hint}")
+
+
+def check_ignore_index(value: object) -> int:
+    """`value` as an int of 64 bits, or raise."""
+    value = check_number("ignore_index", value, whole=True)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {value}")
+    return value
 
 
 def check_flag(name: str, value: object) -> None:
@@ -95,22 +118,22 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
-def check_threshold(value: object) -> None:
-    """Raise unless `value` is a number in [0, 1]."""
-    check_number("threshold", value)
+def check_threshold(value: object) -> float:
+    """`value` as a number in [0, 1], or raise."""
+    value = check_number("threshold", value)
     if not 0 <= value <= 1:
         raise ValueError(f"threshold: expected a number in [0, 1], got {value}")
+    return float(value)
 
 
 def check_size(value: object) -> tuple[int, int]:
     """`value` as (height, width), or raise."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"size: expected (height, width), got {value!r}")
-    for side in value:
-        check_number("size", side, whole=True)
-        if side < 1:
-            raise ValueError(f"size: expected a height and a width of at least 1, got {value!r}")
-    return value[0], value[1]
+    height, width = (check_number("size", side, whole=True) for side in value)
+    if height < 1 or width < 1:
+        raise ValueError(f"size: expected a height and a width of at least 1, got {value!r}")
+    return height, width
 
 
 def check_class_weight(value: object, logits: Tensor | None = None) -> None:
@@ -128,3 +151,13 @@ def check_class_weight(value: object, logits: Tensor | None = None) -> None:
         check_device("class_weight", value, logits.device)
     if value.requires_grad:
         raise ValueError("class_weight: expected a constant, got a tensor that requires grad")
+
+
+def recordable(value: Tensor | None) -> Tensor | None:
+    """`value`, or a copy that autograd can keep for the backward pass.
+
+    What was made under `torch.inference_mode`, by a teacher say, it cannot.
+    """
+    if value is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return value
+    return value.clone() if value.is_inference() else value

@@ -9,9 +9,9 @@ import co2s_fast.ops  # noqa: F401 - registers torch.ops.co2s
 from co2s_fast.losses._checks import (
     check_device,
     check_flag,
+    check_ignore_index,
     check_logits,
     check_map,
-    check_number,
     check_tensor,
 )
 
@@ -49,7 +49,7 @@ def confusion_matrix(
     """
     check_logits("logits", logits)
     check_map("target", target, logits, None, "integer")
-    check_number("ignore_index", ignore_index, whole=True)
+    ignore_index = check_ignore_index(ignore_index)
     check_flag("align_corners", align_corners)
     classes = logits.shape[1]
     if out is None:

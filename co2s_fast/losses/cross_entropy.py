@@ -9,10 +9,11 @@ from co2s_fast.losses._checks import (
     check_class_weight,
     check_device,
     check_flag,
+    check_ignore_index,
     check_logits,
     check_map,
-    check_number,
     check_threshold,
+    recordable,
 )
 from co2s_fast.losses.cutmix import CutMix
 from co2s_fast.ops.masked_cross_entropy import masked_cross_entropy as masked_cross_entropy_op
@@ -139,8 +140,8 @@ def _terms(
     check_logits("logits", logits)
     check_map("target", target, logits, None, "integer")
     size = target.shape[1:]
-    check_threshold(threshold)
-    check_number("ignore_index", ignore_index, whole=True)
+    threshold = check_threshold(threshold)
+    ignore_index = check_ignore_index(ignore_index)
     check_flag("align_corners", align_corners)
     if confidence is not None:
         check_map("confidence", confidence, logits, size, "float")
@@ -169,8 +170,11 @@ def _terms(
     # On equal grids a saved gradient is as large as the logits: recomputing it moves fewer bytes.
     small = logits.shape[2:] != target.shape[1:]
     with_grad = logits.requires_grad and torch.is_grad_enabled() and small
+    if logits.requires_grad:
+        target, confidence, ignore_mask, class_weight, boxes, partner = map(
+            recordable, (target, confidence, ignore_mask, class_weight, boxes, partner))
     loss, counts, *_ = masked_cross_entropy_op(
-        logits, target, confidence, float(threshold), ignore_mask, ignore_index, class_weight,
+        logits, target, confidence, threshold, ignore_mask, ignore_index, class_weight,
         boxes, partner, reduction == "none", align_corners, with_grad, MEAN_OVER.get(reduction, -1),
     )  # fmt: skip
     return loss, counts

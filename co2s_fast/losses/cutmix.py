@@ -56,7 +56,8 @@ class CutMix:
             )
         for name in ("boxes", "partner"):
             if getattr(self, name).dtype not in _INDICES:
-                raise TypeError(f"{name}: expected integers, got {getattr(self, name).dtype}")
+                raise TypeError(f"{name}: expected integers (uint8, int16, int32 or int64), "
+                                f"got {getattr(self, name).dtype}")
         if self.boxes.device != self.partner.device:
             raise ValueError(
                 f"partner: expected on {self.boxes.device} like the boxes, "
@@ -99,9 +100,14 @@ class CutMix:
         boxes = torch.stack([x1, y1, x2, y2], 1)
         if can_read(masks) or debugging():
             area = (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
-            wrong = (inside.sum((1, 2)) != area).nonzero()
+            count = inside.sum((1, 2))
+            wrong = (count != area).nonzero()
             if len(wrong):
-                raise ValueError(f"masks: image {int(wrong[0])} is no filled rectangle")
+                image = int(wrong[0])
+                raise ValueError(
+                    f"masks: image {image} is no filled rectangle, but {int(count[image])} of the "
+                    f"{int(area[image])} pixels of one"
+                )
         return cls(boxes, partner)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CutMix:

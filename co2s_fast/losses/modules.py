@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from co2s_fast.losses._checks import (
     check_class_weight,
     check_flag,
-    check_number,
+    check_ignore_index,
     check_threshold,
 )
 from co2s_fast.losses.cross_entropy import REDUCTIONS, masked_cross_entropy
@@ -41,8 +41,6 @@ class MaskedCrossEntropyLoss(nn.Module):
         align_corners: bool = False,
     ) -> None:
         super().__init__()
-        check_threshold(threshold)
-        check_number("ignore_index", ignore_index, whole=True)
         check_flag("align_corners", align_corners)
         if class_weight is not None:
             check_class_weight(class_weight)
@@ -50,8 +48,8 @@ class MaskedCrossEntropyLoss(nn.Module):
             raise ValueError(
                 f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}"
             )
-        self.threshold = threshold
-        self.ignore_index = ignore_index
+        self.threshold = check_threshold(threshold)
+        self.ignore_index = check_ignore_index(ignore_index)
         self.reduction = reduction
         self.align_corners = align_corners
         self.register_buffer("class_weight", class_weight)
@@ -102,11 +100,9 @@ class StabilityLoss(nn.Module):
         self, *, threshold: float = 0.95, ignore_index: int = 255, align_corners: bool = False
     ) -> None:
         super().__init__()
-        check_threshold(threshold)
-        check_number("ignore_index", ignore_index, whole=True)
         check_flag("align_corners", align_corners)
-        self.threshold = threshold
-        self.ignore_index = ignore_index
+        self.threshold = check_threshold(threshold)
+        self.ignore_index = check_ignore_index(ignore_index)
         self.align_corners = align_corners
 
     def forward(

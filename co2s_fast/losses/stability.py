@@ -8,11 +8,12 @@ from torch import Tensor
 from co2s_fast.losses._checks import (
     check_device,
     check_flag,
+    check_ignore_index,
     check_logits,
     check_map,
-    check_number,
     check_size,
     check_threshold,
+    recordable,
 )
 from co2s_fast.ops.stability_loss import stability_loss_pair
 
@@ -124,8 +125,8 @@ def _terms(
     if logits_a.dtype != logits_b.dtype:
         raise TypeError(f"logits_b: expected {logits_a.dtype} like logits_a, got {logits_b.dtype}")
     check_device("logits_b", logits_b, logits_a.device)
-    check_threshold(threshold)
-    check_number("ignore_index", ignore_index, whole=True)
+    threshold = check_threshold(threshold)
+    ignore_index = check_ignore_index(ignore_index)
     check_flag("align_corners", align_corners)
     if size is not None:
         size = check_size(size)
@@ -135,8 +136,10 @@ def _terms(
     height, width = logits_a.shape[2:] if size is None else size
     # On equal grids a saved gradient is as large as the logits: recomputing it moves fewer bytes.
     recording = torch.is_grad_enabled() and logits_a.shape[2:] != (height, width)
+    if logits_a.requires_grad or logits_b.requires_grad:
+        logits_a, logits_b, ignore_mask = map(recordable, (logits_a, logits_b, ignore_mask))
     return stability_loss_pair(
-        logits_a, logits_b, float(threshold), height, width, ignore_mask, ignore_index,
-        align_corners, logits_a.requires_grad and recording, logits_b.requires_grad and recording,
+        logits_a, logits_b, threshold, height, width, ignore_mask, ignore_index, align_corners,
+        logits_a.requires_grad and recording, logits_b.requires_grad and recording,
         mean,
     )  # fmt: skip

@@ -15,7 +15,7 @@ void add_borders(T* gradient, const T* border, int64_t batch, int64_t classes,
     for (int64_t band = 0; band + 1 < plan.bands; ++band) {
       const int64_t row = plan.y_index0[plan.band_begin[band + 1]];
       const int64_t last = plan.y_index0[plan.band_begin[band + 1] - 1];
-      if (last + 1 != row) continue; // downsampling: the bands share no row
+      if (last + plan.next_row != row) continue; // the bands share no row
       for (int64_t k = 0; k < classes; ++k) {
         T* to = gradient + ((b * classes + k) * h + row) * w;
         const T* from = border + ((b * plan.bands + band) * classes + k) * w;

@@ -37,6 +37,9 @@ void fill_transpose(UpsamplingPlan<T>& plan, const std::vector<Tap<T>>& taps) {
 }
 
 template <class T> void fill_axes(UpsamplingPlan<T>& plan, bool align_corners, bool transpose) {
+  // A neighbour of weight 0 would still pass its NaN on; nor does F.interpolate read it on a CPU.
+  plan.next_row = plan.in_height == plan.height ? 0 : 1;
+  plan.next_column = plan.in_width == plan.width ? 0 : 1;
   const T scale_y = interpolation_scale<T>(plan.in_height, plan.height, align_corners);
   for (int64_t y = 0; y < plan.height; ++y) {
     const auto tap = interpolation_tap<T>(y, plan.in_height, scale_y, align_corners);
@@ -48,6 +51,7 @@ template <class T> void fill_axes(UpsamplingPlan<T>& plan, bool align_corners, b
   std::vector<Tap<T>> taps;
   for (int64_t x = 0; x < plan.width; ++x) {
     taps.push_back(interpolation_tap<T>(x, plan.in_width, scale_x, align_corners));
+    if (plan.next_column == 0) taps.back().index1 = taps.back().index0;
   }
   for (int64_t x = 0; x < plan.width + kRowPadding; ++x) {
     const Tap<T>& tap = taps[std::min(x, plan.width - 1)];

@@ -10,6 +10,7 @@ namespace co2s {
 template <class T> struct PlanView {
   int64_t in_height, in_width, height, width;
   bool identity;
+  int64_t next_row, next_column;
   const int32_t* y_index0;
   const T *y_lower, *y_upper;
   const int32_t* x_index0;
@@ -27,7 +28,8 @@ template <class T> struct PlanView {
 template <class T> struct UpsamplingPlan {
   int64_t in_height, in_width, height, width;
   bool identity;                       // equal grids
-  std::vector<int32_t> y_index0;       // [H], source row; the other one is min(index0 + 1, h - 1)
+  int64_t next_row = 1, next_column = 1; // 0 along an axis of equal lengths
+  std::vector<int32_t> y_index0;       // [H], source row; the other: min(index0 + next_row, h - 1)
   std::vector<T> y_lower, y_upper;     // [H]
   std::vector<int32_t> x_index0;       // [W + padding]
   std::vector<T> x_lower, x_upper;     // [W + padding]
@@ -40,9 +42,9 @@ template <class T> struct UpsamplingPlan {
   int64_t bands() const { return static_cast<int64_t>(band_begin.size()) - 1; }
   PlanView<T> view() const {
     return {in_height,       in_width,        height,          width,           identity,
-            y_index0.data(), y_lower.data(),  y_upper.data(),  x_index0.data(), x_lower.data(),
-            x_upper.data(),  footprint,       x_start.data(),  x_weight.data(), bands(),
-            band_begin.data()};
+            next_row,        next_column,     y_index0.data(), y_lower.data(),  y_upper.data(),
+            x_index0.data(), x_lower.data(),  x_upper.data(),  footprint,       x_start.data(),
+            x_weight.data(), bands(),         band_begin.data()};
   }
 };
 

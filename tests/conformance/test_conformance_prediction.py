@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import BY_NAME, CASES, CLASS_COUNTS, HALF_CASES, Case, draw
 from op_oracle import assert_as_good_as_eager
 
-from co2s_fast.losses import CutMix, confusion_matrix, softmax_confidence
+from co2s_fast.losses import (
+    CutMix,
+    confusion_matrix,
+    masked_cross_entropy,
+    softmax_confidence,
+    stability_loss,
+)
 from co2s_fast.ops import reference
 
 
@@ -78,6 +85,26 @@ def test_nan_gives_nan_confidence_and_class_0(target):
     bad[0, 1, 7] = bad[0, 2, 33] = True
     assert torch.equal(confidence.isnan().cpu(), bad)
     assert not label.cpu()[bad].any()
+
+
+@pytest.mark.parametrize("corners", [False, True])
+@pytest.mark.parametrize("size", [(6, 10), (6, 40), (12, 5), (3, 5), (6, 3)])
+def test_a_nan_stays_among_the_pixels_that_read_it(size, corners, cpu_target):
+    """Along an axis of equal lengths a pixel reads one cell: not its neighbour, not times 0."""
+    torch.manual_seed(1)
+    z = torch.randn(1, 3, 6, 5)
+    z[0, 0, 3, 2] = float("nan")
+    z[0, 2, 1, 4] = float("-inf")
+    bad = ~F.interpolate(z, size, mode="bilinear", align_corners=corners).isfinite().all(1)
+    confidence, _ = softmax_confidence(z, size, align_corners=corners)
+    assert not confidence[~bad].isnan().any()
+    label = torch.randint(0, 3, (1, *size)).masked_fill(bad, 255)
+    x, other = z.clone().requires_grad_(), torch.randn_like(z).requires_grad_()
+    loss = masked_cross_entropy(x, label, align_corners=corners)
+    mask = label.masked_fill(~bad, 0)
+    losses = stability_loss(x, other, threshold=0.2, ignore_mask=mask, align_corners=corners)
+    (loss + sum(losses)).backward()
+    assert loss.isfinite() and x.grad.isfinite().all() and other.grad.isfinite().all()
 
 
 def check_confusion_matrix(case: Case, target) -> None:

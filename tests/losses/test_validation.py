@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,7 +70,12 @@ WRONG = {
                   r"got torch.bool; .*torch.where\(ignore_mask, ignore_index, ignore_index \+ 1\)"),
     "target bool": (lambda: ce(target=LABEL.bool()), TypeError,
                     r"target: .*got torch.bool; .*target.to\(torch.uint8\)"),
+    "threshold tensor": (lambda: ce(threshold=torch.full((5,), 0.9)), TypeError,
+                         r"threshold: .*number, got Tensor; .*thresholds\[label\]"),
     "ignore_index": (lambda: ce(ignore_index=255.0), TypeError, "ignore_index: .*int, got float"),
+    "ignore_index huge": (lambda: ce(ignore_index=2**70), ValueError, "ignore_index: .*64 bits"),
+    "confidence bool": (lambda: ce(confidence=CONFIDENCE > 0.9), TypeError,
+                        r"confidence: .*got torch.bool; .*confidence.float\(\)"),
     "weight shape": (lambda: ce(class_weight=torch.ones(4)), ValueError,
                      r"class_weight: expected shape \[5\].*got \[4\]"),
     "weight list": (lambda: ce(class_weight=[1.0] * 5), TypeError, "class_weight: .*got list"),
@@ -89,6 +95,7 @@ WRONG = {
     "size single": (lambda: stability(size=8), TypeError, r"size: .*\(height, width\), got 8"),
     "size zero": (lambda: stability(size=(0, 4)), ValueError, r"size: .*at least 1, got \(0, 4\)"),
     "size float": (lambda: stability(size=(8.0, 4)), TypeError, "size: expected an int, got float"),
+    "size float shown": (lambda: stability(size=(8.5, 4)), TypeError, "size: .*got float 8.5"),
     "size mask": (lambda: stability(size=(8, 8), ignore_mask=LABEL), ValueError,
                   r"ignore_mask: expected shape \[2, 8, 8\], got \[2, 8, 12\]"),
     "stability threshold": (lambda: stability(threshold=2), ValueError, "threshold: .*got 2"),
@@ -111,6 +118,8 @@ WRONG = {
     "boxes shape": (lambda: CutMix(BOXES[0], PARTNER), ValueError, r"boxes: .*\[B,4\], got \[4\]"),
     "boxes float": (lambda: CutMix(BOXES.float(), PARTNER), TypeError,
                     "boxes: .*integers.*float32"),
+    "boxes bytes": (lambda: CutMix(BOXES.to(torch.int8), PARTNER), TypeError,
+                    "boxes: .*int64.*got torch.int8"),
     "partner shape": (lambda: CutMix(BOXES, PARTNER[:1]), ValueError,
                       r"partner: expected shape \[2\].*got \[1\]"),
     "partner float": (lambda: CutMix(BOXES, PARTNER.float()), TypeError, "partner: .*integers"),
@@ -173,6 +182,17 @@ def test_functions_accept_the_same_arguments_when_right():
     assert ce(confidence=CONFIDENCE.bfloat16(), threshold=1, **options).item() > 0
     assert stability(size=[8, 12])[0].item() == 0
     assert softmax_confidence(LOGITS, torch.Size([8, 12]))[1].shape == (2, 8, 12)
+
+
+def test_numbers_of_numpy_are_numbers():
+    a = torch.randn(2, 5, 4, 6)
+    options = {"confidence": CONFIDENCE / 2, "threshold": np.float32(0.5)}
+    assert ce(a, ignore_index=np.int64(255), **options) == ce(a, confidence=None)
+    assert ce(a, LABEL + 7, ignore_index=np.uint8(7)).item() == 0
+    size = tuple(np.array([8, 12]))
+    assert softmax_confidence(a, size)[1].shape == (2, 8, 12)
+    assert stability(a, -a, size=size, ignore_index=np.int16(3))[0].shape == ()
+    assert type(StabilityLoss(threshold=np.float16(0.5)).threshold) is float
 
 
 def test_modules_equal_their_functions():

@@ -45,7 +45,7 @@ template <class T> RowGroup next_group(const PlanView<T>& plan, int64_t begin, i
   const int64_t low = plan.y_index0[begin];
   int64_t end = begin + 1;
   while (end < band_end && end - begin < kMaxGroupRows && plan.y_index0[end] == low) ++end;
-  return {begin, end, low, low + 1 < plan.in_height ? low + 1 : low};
+  return {begin, end, low, low + 1 < plan.in_height ? low + plan.next_row : low};
 }
 
 // The logits of one image.
@@ -129,16 +129,18 @@ private:
     V *low = low_.get(), *high = high_.get();
     const T* from = base_ + first;
     const T* from_high = high_base_ + first;
+    const int64_t next = plan_.next_column;
     if (near) {
       for (int k = 0; k < classes(); ++k, from += row_size_, from_high += row_size_) {
-        low[k] = take(from, offset, true) * lower + take(from + 1, offset, true) * upper;
-        high[k] = take(from_high, offset, true) * lower + take(from_high + 1, offset, true) * upper;
+        low[k] = take(from, offset, true) * lower + take(from + next, offset, true) * upper;
+        high[k] =
+            take(from_high, offset, true) * lower + take(from_high + next, offset, true) * upper;
       }
     } else {
       for (int k = 0; k < classes(); ++k, from += row_size_, from_high += row_size_) {
-        low[k] = take(from, offset, false) * lower + take(from + 1, offset, false) * upper;
+        low[k] = take(from, offset, false) * lower + take(from + next, offset, false) * upper;
         high[k] =
-            take(from_high, offset, false) * lower + take(from_high + 1, offset, false) * upper;
+            take(from_high, offset, false) * lower + take(from_high + next, offset, false) * upper;
       }
     }
   }
