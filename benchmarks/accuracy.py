@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -70,12 +71,18 @@ class Plan:
 
 def run_command(command: list[str]) -> int:
     """Exit code of a command whose output goes to the terminal."""
-    return subprocess.run(command, cwd=ROOT).returncode
+    return subprocess.run(command, env=environment()).returncode
+
+
+def environment() -> dict[str, str]:
+    """For a command that finds the package where this file does, and files where the user does."""
+    paths = [os.environ.get("PYTHONPATH"), str(ROOT)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def run_until(command: list[str], folder: Path, step: int) -> int:
     """As `run_command`, but the run is stopped (SIGTERM) once it was evaluated at a step."""
-    with subprocess.Popen(command, cwd=ROOT) as process:
+    with subprocess.Popen(command, env=environment()) as process:
         while process.poll() is None:
             time.sleep(1)
             log = folder / "metrics.jsonl"
@@ -106,7 +113,9 @@ def train(plan: Plan, work: Path) -> Path:
     code = (run_command(command) if plan.until is None
             else run_until(command, folder, plan.until))
     if code:
-        raise click.ClickException(f"{plan.name}: training ended with exit code {code}")
+        error = click.ClickException(f"{plan.name}: training ended with exit code {code}")
+        error.exit_code = code if code > 0 else 1
+        raise error
     results.save(marker, {"arguments": arguments, **results.commit()})
     return folder
 

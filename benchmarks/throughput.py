@@ -83,6 +83,7 @@ def run_sections(
     What is measured so far is in `out` after every case, for a run that is cut short.
     """
     begin = time.perf_counter()
+    check_left_out(names, device, quick, without)
     header = results.make_header(device, repeats, quick)
     copy_rate = harness.percentiles(harness.copy_bandwidth(device, repeats))[0]
     header["copy_bandwidth_bytes_per_s"] = copy_rate
@@ -107,6 +108,21 @@ def run_sections(
             if out is not None:
                 results.save(out, content)
     return content
+
+
+def check_left_out(
+    names: tuple[str, ...], device: torch.device, quick: bool, without: tuple[str, ...]
+) -> None:
+    """A UsageError for a provider that no section has."""
+    if not without:
+        return
+    modules = [importlib.import_module(f"benchmarks.bench_{name}") for name in names]
+    known = {p for module in modules for case in module.cases(device, quick)
+             for p in case.providers}
+    unknown = [name for name in without if name not in known]
+    if unknown:
+        raise click.UsageError(f"--without {unknown[0]}: expected one of "
+                               f"{', '.join(sorted(known))}")
 
 
 def parse_bounds(texts: tuple[str, ...]) -> tuple[float | None, dict[str, float]]:

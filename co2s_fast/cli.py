@@ -5,6 +5,7 @@ Imports of the engine are made inside the commands, so that `--help` answers at 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def main() -> None:
     co2s-fast train --dataset potsdam --ratio 1/32      a paper experiment
     co2s-fast train --dataset mine.yaml --labels 20     your own folder of imagery
     """  # noqa: D301, click's mark for lines as they are
+    if not sys.stderr.isatty():  # in a log, bars that move twice a minute; tqdm reads this first
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
 
 
 @main.command()
@@ -80,9 +83,10 @@ def main() -> None:
               help="Change one configuration value, e.g. --set train.steps=500. Repeatable.")
 @click.option("--out", type=PATH, help="Run folder. Default: runs/<dataset>-<split>-<method>.")
 @click.option("--pretrained", type=PATH, help="Folder that `pretrain` wrote, to start from.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its last checkpoint, "
+              "with the settings of its config.yaml. Data that has moved: --data-root, --dataset.")
 @click.option("--resume-if-exists", is_flag=True,
-              help="Continue when --out holds a run, start one otherwise.")
+              help="As --resume when --out holds a run, start one otherwise.")
 @click.option("--dry-run", is_flag=True, help="Check configuration and data, train "
               "nothing. A split that is missing is made, and so is the demo dataset.")
 @offline_option
@@ -344,8 +348,9 @@ def list_datasets() -> None:
 def describe(raw: Path, out: Path, **options: Any) -> None:
     """Propose the description of a raw folder, for `prepare`.
 
-    Images and masks are told apart by the names of files and folders. Classes get numbers for
-    names: rename them.
+    Images and masks are told apart by the names of files and folders; without such masks, files of
+    polygons (GeoPackage, GeoJSON, ...) are masks. Classes that have no names get numbers for names:
+    rename them.
     """
     from co2s_fast.data import describe_folder
 

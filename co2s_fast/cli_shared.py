@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,10 @@ offline_option = click.option("--offline", is_flag=True, expose_value=False, is_
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn our kinds of error, and what a file system says, into one line and an exit code."""
+    """Turn our kinds of error, and what a file system says, into one line and an exit code.
+
+    Ctrl-C is 130, as of a training run; click would make it 1, which is that of wrong data.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -38,6 +42,9 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (UsageError, DataError) as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            sys.exit(128 + signal.SIGINT)
         except OSError as error:
             if error.errno == errno.EPIPE or not error.strerror:
                 raise  # a reader that has left; errors of libraries, which say nothing in one line

@@ -35,6 +35,15 @@ def failed(result: Result, code: int, *words: str) -> None:
         assert word in error[0]
 
 
+def test_ctrl_c_has_its_own_exit_code(monkeypatch, tmp_path):
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("co2s_fast.data.check_dataset", stop)
+    result = call("data", "check", tmp_path)
+    assert result.exit_code == 130 and "stopped" in result.output
+
+
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     """A prepared dataset of ten tiles of two classes, half and half."""
@@ -165,6 +174,27 @@ def test_a_whole_run(prepared: Path, tmp_path: Path) -> None:
     assert (tmp_path / "comparison.html").is_file()
     assert result.stdout.splitlines()[-1] == str(tmp_path / "comparison.html")
     assert "±" in result.stdout.splitlines()[-2]  # two runs that differ by their seed
+
+
+def test_another_folder_is_not_scored_for_one_that_has_moved(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    where = ("--dataset", prepared / "dataset.yaml", "--labels", 3, "--out", out)
+    assert call("train", *where, *SHORT).exit_code == 0
+    before = (out / "eval.json").read_bytes()
+    shutil.copytree(prepared, tmp_path / "data/mine", ignore=shutil.ignore_patterns("splits"))
+    prepared.rename(moved)
+    monkeypatch.chdir(tmp_path)
+    failed(call("eval", out), 1, f"{prepared}/images: missing", "--data-root")
+    failed(call("eval", out, "--data-root", "data/mine"), 1, "splits/labels_3: missing")
+    assert (out / "eval.json").read_bytes() == before
+    assert not (tmp_path / "data/mine/splits").exists()
+    result = call("eval", out, "--data-root", "moved")
+    assert result.exit_code == 0 and "2 images of moved" in result.output, result.output
+    assert json.loads((out / "eval.json").read_text())["root"] == "moved"
+    failed(call("train", "--data-root", "moved", "--labels", 3, "--out", tmp_path / "no"), 1,
+           "holds dataset 'mine', not 'demo'; give --dataset moved/dataset.yaml")  # fmt: skip
 
 
 def test_several_seeds(prepared: Path, tmp_path: Path) -> None:
@@ -305,7 +335,7 @@ def test_what_a_file_system_refuses_is_one_line(prepared: Path, tmp_path: Path) 
         (run / "config.yaml").write_text("seed: 1\n")
     (tmp_path / "folder.html").mkdir()
     failed(call("compare", tmp_path / "runs/a", tmp_path / "runs/b", "-o",
-                tmp_path / "folder.html"), 1, "folder.html")
+                tmp_path / "folder.html"), 2, "folder.html", "is a folder")
 
 
 @pytest.mark.parametrize(("option", "value"), [("--scale", "0"), ("--scale", "-2"), ("--val", "0")])

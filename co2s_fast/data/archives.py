@@ -15,6 +15,7 @@ from typing import IO
 from tqdm import tqdm
 
 from co2s_fast.data.tiles import SUFFIXES
+from co2s_fast.data.writing import naming
 from co2s_fast.errors import DataError
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -83,7 +84,7 @@ def _unpack(archive: Path, target: Path, progress: bool, depth: int) -> None:
                                       disable=not progress):  # fmt: skip
             path = target / _inside(archive, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open_member() as source, path.open("wb") as written:
+            with naming(path), open_member() as source, path.open("wb") as written:
                 shutil.copyfileobj(source, written, 1 << 20)
             if ending(path):
                 inner.append(path)

@@ -5,7 +5,9 @@ Coordinates are brought to the raster's system. Where polygons overlap, the late
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,17 +91,39 @@ def _read(path: Path, spec: DatasetSpec, crs: Any,
           bounds: tuple[float, ...]) -> Iterator[Shape]:
     """The polygons that may lie within bounds, in the raster's system."""
     import fiona
-    from fiona.errors import FionaError
-    from rasterio.errors import RasterioError
 
-    try:
+    with reading_polygons(path):
         if spec.mask.layer is not None and spec.mask.layer not in (names := fiona.listlayers(path)):
             raise DataError(f"{path}: no layer {spec.mask.layer!r}, found {', '.join(names)}")
         with fiona.open(path, layer=spec.mask.layer) as layer:
             yield from _shapes(path, layer, spec, crs, bounds)
+
+
+@contextmanager
+def reading_polygons(path: Path) -> Iterator[None]:
+    """Turn an error of GDAL into a DataError that names the file."""
+    from fiona.errors import FionaError
+    from rasterio.errors import RasterioError
+
+    try:
+        yield
     except (FionaError, RasterioError) as error:
         reason = " ".join(str(error).split()).replace(f"'{path}' ", "")
         raise DataError(f"{path}: cannot be read as polygons ({reason})") from error
+
+
+@contextmanager
+def one_kind(path: Path, layer: Any) -> Iterator[None]:
+    """Raise a DataError where an attribute is text in one feature and a number in another.
+
+    GDAL calls such ones JSON, and fiona cannot parse them.
+    """
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        mixed = [name for name, kind in layer.schema["properties"].items() if kind == "json"]
+        raise DataError(f"{path}: attribute {', '.join(mixed)} is text in some features and "
+                        "something else in others, expected one kind") from error
 
 
 def _shapes(path: Path, layer: Any, spec: DatasetSpec, crs: Any,
@@ -120,14 +144,16 @@ def _shapes(path: Path, layer: Any, spec: DatasetSpec, crs: Any,
     # GDAL answers in the order of its index; which polygon lies above another is that of the file.
     # Across the antimeridian west is larger than east: no rectangle of degrees, so all are read.
     near = layer.filter(bbox=tuple(around)) if around[0] <= around[2] else layer.filter()
-    for feature in sorted(near, key=lambda found: int(found.id)):
+    with one_kind(path, layer):
+        features = sorted(near, key=lambda found: int(found.id))
+    for feature in features:
         name = f"{path}: feature {feature.id}"
         geometry = feature.geometry
         if geometry is None or geometry.type not in _KINDS:
             raise DataError(f"{name}: expected a polygon, found "
                             f"{'no geometry' if geometry is None else geometry.type}")
         value = feature.properties[attribute]
-        label = labels.get(_key(value))
+        label = labels.get(as_key(value))
         if label is None:
             raise DataError(f"{name}: {attribute} is {value!r}, expected one of {_known(spec)}")
         shape = {"type": geometry.type, "coordinates": geometry.coordinates}
@@ -138,13 +164,13 @@ def _shapes(path: Path, layer: Any, spec: DatasetSpec, crs: Any,
 
 def _labels(spec: DatasetSpec) -> dict[str, int]:
     """Label of each name and value that an attribute may have."""
-    labels = {_key(value): IGNORE for value in spec.mask.ignore}
+    labels = {as_key(value): IGNORE for value in spec.mask.ignore}
     for index in range(spec.num_classes):
-        labels |= {_key(value): index for value in class_values(spec, index)}
+        labels |= {as_key(value): index for value in class_values(spec, index)}
     return labels | {each.name: index for index, each in enumerate(spec.classes)}
 
 
-def _key(value: object) -> str:
+def as_key(value: object) -> str:
     """A value as text: 1, 1.0 and "1" are one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)

@@ -29,6 +29,9 @@ UNKNOWN = 254
 """Marks an undeclared mask value while a mask is decoded; never leaves the decoder."""
 
 MAX_CLASSES = 250
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Names of datasets; they are names of folders, too."""
+
 RGB = ("red", "green", "blue")
 CATALOGUE = Path(__file__).parent / "datasets"
 
@@ -190,7 +193,7 @@ class DatasetSpec(_Strict):
         info: licence, sensor, source, counts.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     classes: list[ClassSpec] = Field(min_length=2, max_length=MAX_CLASSES)
     crop: int = Field(default=512, ge=16)
     scale: Literal["native"] | tuple[int, int] = "native"
@@ -388,6 +391,8 @@ def explain(error: ValidationError) -> str:
         text = {"extra_forbidden": "unknown key", "missing": "missing"}.get(kind, message)
         if kind not in ("extra_forbidden", "missing", "value_error"):
             text += f", found {problem['input']!r}"
+        if kind == "string_type" and not isinstance(problem["input"], (list, dict)):
+            text += " (words like no or null, and numbers, are text in quotes only)"
         parts.append(f"{key}: {text}" if key else text)
     return "; ".join(dict.fromkeys(parts))
 

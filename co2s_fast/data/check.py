@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec
 from co2s_fast.data.config import DataConfig
-from co2s_fast.data.files import Item, write_text
+from co2s_fast.data.files import Item
 from co2s_fast.data.imagery import BandStatistics
 from co2s_fast.data.integrity import Finding, Look, Seen, inspect_all
 from co2s_fast.data.leaks import duplicate_findings
@@ -31,7 +31,8 @@ from co2s_fast.data.splits import (
     read_list,
     summary,
 )
-from co2s_fast.data.tiles import list_images, read_groups
+from co2s_fast.data.tiles import list_images, read_groups, shared_names, shared_text
+from co2s_fast.data.writing import write_text
 from co2s_fast.errors import DataError, UsageError
 
 Level = Literal["quick", "deep"]
@@ -50,7 +51,8 @@ class Report:
         images: number of images.
         labels: number of images with a label.
         sizes: images of each size, "W x H".
-        pixels: labelled pixels of each class, and "ignored".
+        pixels: labelled pixels of each class, and "ignored" ("(no class)" where a class has that
+            name).
         lists: length of each list, by "split/list".
         labeled_pixels: the same as `pixels` over the labelled list of each split.
         findings: everything that is wrong, `Finding` each: kind, message, files, severity.
@@ -121,7 +123,10 @@ def check_dataset(root: Path, spec: DatasetSpec | None = None, *, split: Path | 
     report = Report(spec.name, str(root), level, statistics=spec.statistics)
     if not items:
         report.findings.append(Finding("list", f"{root / 'images'}: no images"))
-    known = {item.label for item in items}
+    shared = shared_names(root)
+    report.findings += [Finding("shared-label", shared_text(paths), tuple(map(str, paths)))
+                        for paths in shared]
+    known = {item.label for item in items} | {path for paths in shared for path in paths}
     report.findings += [
         Finding("label-without-image", f"{p}: label without an image", (str(p),))
         for p in sorted((root / "labels").glob("*"))
@@ -260,7 +265,8 @@ def _value_counts(found: Sequence[Seen]) -> NDArray[np.int64]:
 
 
 def _named(counts: NDArray[np.int64], spec: DatasetSpec) -> dict[str, int]:
-    names = [*zip(spec.class_names, range(spec.num_classes), strict=True), ("ignored", IGNORE)]
+    ignored = "ignored" if "ignored" not in spec.class_names else "(no class)"
+    names = [*zip(spec.class_names, range(spec.num_classes), strict=True), (ignored, IGNORE)]
     return {name: int(counts[index]) for name, index in names}
 
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import colorsys
 import json
+import math
+import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,13 +22,23 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from co2s_fast.data.archives import find_archives
-from co2s_fast.data.catalogue import IGNORE, RGB, Color, DatasetSpec, FilesSpec, parse_dataset
-from co2s_fast.data.files import open_image, write_text
-from co2s_fast.data.guess import guess_templates
+from co2s_fast.data.catalogue import (
+    IGNORE,
+    NAME,
+    RGB,
+    Color,
+    DatasetSpec,
+    FilesSpec,
+    parse_dataset,
+)
+from co2s_fast.data.describe_polygons import PolygonContent, read_polygons
+from co2s_fast.data.files import one_band, open_image
+from co2s_fast.data.guess import VECTORS, guess_templates
 from co2s_fast.data.integrity import header_size
-from co2s_fast.data.pairing import Source, fields, find_sources, list_files
+from co2s_fast.data.pairing import Source, fields, find_sources, list_files, prepared_folders
 from co2s_fast.data.rasters import is_byte_picture, is_picture, open_source, reading
 from co2s_fast.data.tiles import SUFFIXES
+from co2s_fast.data.writing import write_text
 from co2s_fast.errors import DataError, UsageError
 
 T = TypeVar("T")
@@ -63,6 +76,8 @@ def describe_folder(raw: Path, out: Path, *, name: str | None = None, images: st
                     labels: str | None = None, progress: bool = True) -> str:
     """Write a description of a folder of raw images and masks, for `data prepare`.
 
+    Masks may be polygons (`VECTORS`): the classes are the values of one of their attributes.
+
     Args:
         raw: the folder.
         out: the YAML file; it must not exist.
@@ -75,7 +90,8 @@ def describe_folder(raw: Path, out: Path, *, name: str | None = None, images: st
         What was found, and what to do next.
 
     Raises:
-        UsageError: the file exists, or cannot be written; templates that do not go together.
+        UsageError: the file exists, or cannot be written; templates that do not go together; masks
+            that are polygons, and no fiona.
         DataError: no images, no masks, or masks that hold no classes.
     """
     if out.suffix.lower() not in (".yaml", ".yml"):
@@ -84,10 +100,12 @@ def describe_folder(raw: Path, out: Path, *, name: str | None = None, images: st
         raise UsageError(f"-o {out}: exists already; remove it, or give another name")
     if labels is not None and images is None:
         raise UsageError("--labels: give --images as well, since both share their fields")
+    name = _checked_name(out, name)
     if not raw.is_dir():
         raise DataError(f"raw folder {raw}: missing")
     if images is None:
-        names = [each for each in list_files(raw) if Path(each).suffix.lower() in SUFFIXES]
+        names = [each for each in list_files(raw)
+                 if Path(each).suffix.lower() in SUFFIXES + VECTORS]
         if not names and (archives := find_archives(raw)):
             raise DataError(f"{archives[0]}: an archive; `data prepare` looks into it, this "
                             "command does not: unpack it first")
@@ -97,23 +115,61 @@ def describe_folder(raw: Path, out: Path, *, name: str | None = None, images: st
     if not masked:
         raise DataError(f"{raw}: none of {len(sources)} images has a mask; say where masks are "
                         "with --images and --labels")
-    content = read_masks([source.label for source in masked], progress)
-    if len(content.pixels) < 2:
-        raise DataError(f"{raw}: all {content.masks} masks that were read hold nothing but "
-                        f"{next(iter(content.pixels))}; a dataset needs two classes")
-    text = _render(raw, out, name or out.stem, images, labels, sources, content)
+    paths = list(dict.fromkeys(source.label for source in masked))
+    notes = [f"note: {path} was made by `data prepare` and is left out"
+             for path in prepared_folders(raw)]
+    content: MaskContent | PolygonContent
+    if paths[0].suffix.lower() in VECTORS:
+        content = read_polygons(_spread(paths), _MOST, progress)
+        classes, told = _polygon_classes(content), f"by attribute {content.attribute}"
+        told += f" of {content.polygons} polygons"
+    else:
+        content = read_masks(paths, progress)
+        if len(content.pixels) < 2:
+            only = next(iter(content.pixels), "what is transparent, which has no label")
+            raise DataError(f"{raw}: all {content.masks} masks that were read hold nothing but "
+                            f"{only}; a dataset needs two classes")
+        classes = _mask_classes(content)
+        notes += _lossy(paths)
+        told = f"by {'colour' if content.by_color else 'number'}"
+    text = _render(raw, out, name, images, labels, sources, classes)
     spec = parse_dataset(yaml.safe_load(text), out)
     try:
         write_text(out, text)
     except OSError as error:
         raise UsageError(f"-o {out}: {error.strerror or error}") from error
-    kind = "colour" if content.by_color else "number"
     return "\n".join([
         f"wrote {out}: {len(sources)} images, {len(masked)} with a mask; {spec.num_classes} "
-        f"classes by {kind} in {content.masks} masks that were read",
+        f"classes {told} in {content.masks} masks that were read",
+        *notes,
         "name the classes in it (text queries are made of the names), then",
-        f"  co2s-fast data prepare {out} --raw {raw} --out data/{spec.name}",
+        f"  {_command(out, raw, spec.name)}",
     ])
+
+
+def _command(out: Path, raw: Path, name: str) -> str:
+    """What to type next, for a POSIX shell."""
+    return shlex.join(["co2s-fast", "data", "prepare", str(out), "--raw", str(raw),
+                       "--out", f"data/{name}"])
+
+
+def _checked_name(out: Path, name: str | None) -> str:
+    """The name of the dataset; a UsageError, before anything is read, where it can be none."""
+    found = out.stem if name is None else name
+    if re.fullmatch(NAME, found) is None:
+        given = f"-o {out}: gives the dataset the name" if name is None else "--name"
+        raise UsageError(f"{given} {found!r}, expected letters (A to Z), digits, '.', '_' and '-', "
+                         "a letter or digit first" + ("; give --name" if name is None else ""))
+    return found
+
+
+def _lossy(masks: Sequence[Path]) -> list[str]:
+    """A warning where masks are JPEGs."""
+    found = [path for path in masks if path.suffix.lower() in (".jpg", ".jpeg")]
+    if not found:
+        return []
+    return [f"warning: {len(found)} masks are JPEGs, for example {found[0]}: JPEG does not keep "
+            "exact values and colours, so some classes may be none; save masks as PNG"]
 
 
 def _without_classes(images: str, labels: str | None) -> DatasetSpec:
@@ -146,7 +202,10 @@ def _spread(items: Sequence[T]) -> list[T]:
 
 
 def read_mask(path: Path) -> tuple[NDArray, dict[int, Color]]:
-    """A mask's numbers [H, W] or colours [H, W, 3], and the colours of its palette."""
+    """A mask's numbers [H, W] or colours [H, W, 3], and the colours of its palette.
+
+    Colours that cannot be seen are left out: of those that can there is one row, [1, pixels, 3].
+    """
     if is_picture(path):
         image = open_image(path)
         if image.mode == "P":
@@ -154,8 +213,11 @@ def read_mask(path: Path) -> tuple[NDArray, dict[int, Color]]:
             colors = {i: tuple(flat[3 * i : 3 * i + 3]) for i in range(len(flat) // 3)}
             return np.asarray(image), colors
         if image.mode in ("L", "1", "I", "I;16"):
-            return np.asarray(image).astype(np.int64), {}
-        return np.asarray(image.convert("RGB")), {}
+            return one_band(image, path).astype(np.int64), {}
+        pixels = np.asarray(image.convert("RGB"))
+        if image.mode in ("RGBA", "LA"):  # what cannot be seen has no label
+            return pixels[None, np.asarray(image.getchannel("A")) != 0], {}
+        return pixels, {}
     with open_source(path) as source, reading(path):
         if source.count >= 3:
             return source.read([1, 2, 3]).transpose(1, 2, 0), {}
@@ -186,9 +248,39 @@ def _count(path: Path, values: NDArray, palette: dict[int, Color], found: MaskCo
             found.by_color |= found.palette.setdefault(number, color) != color
 
 
-def _render(raw: Path, out: Path, name: str, images: str, labels: str | None,
-            sources: Sequence[Source], content: MaskContent) -> str:
-    """The description as YAML with comments."""
+def _polygon_classes(content: PolygonContent) -> list[str]:
+    """The parts `classes` and `mask` of a description of polygons."""
+    used: set[Color] = set()
+    rows = []
+    values = sorted(content.values, key=lambda value: (_whole(value), value))
+    for number, value in enumerate(values, 1):
+        used.add(rgb := _distinct(number, used))
+        if _whole(value) < math.inf:
+            entry = f"name: class {number}, color: {list(rgb)}, values: [{value}]"
+        else:
+            entry = f"name: {json.dumps(value, ensure_ascii=False)}, color: {list(rgb)}"
+        rows.append(f"  - {{{entry}}}   # {content.values[value]} polygons")
+    others = f", or {', '.join(content.others)}?" if content.others else ""
+    return [
+        f"# As {content.polygons} polygons in {content.masks} files have them.",
+        "classes:",
+        *rows,
+        "",
+        "mask:",
+        "  encoding: polygons",
+        f"  attribute: {json.dumps(content.attribute, ensure_ascii=False)}"
+        f"   # the field with the class{others}",
+        "  outside: ignore   # what lies in no polygon; or the name of a class",
+    ]
+
+
+def _whole(text: str) -> float:
+    """The whole number that a text is, infinity where it is none."""
+    return int(text) if re.fullmatch(r"0|-?[1-9]\d{0,8}", text, re.ASCII) else math.inf
+
+
+def _mask_classes(content: MaskContent) -> list[str]:
+    """The parts `classes` and `mask` of a description of masks that are pictures or rasters."""
     color = content.by_color
     total = sum(content.pixels.values())
     values = sorted(content.pixels)
@@ -208,17 +300,8 @@ def _render(raw: Path, out: Path, name: str, images: str, labels: str | None,
         share = f"{100 * content.pixels[value] / total:.2f} % of the pixels"
         black = "; no class? then it belongs to `ignore`" if value in (0, (0, 0, 0)) else ""
         rows.append(f"  - {{{entry}}}   # {share}{black}")
-    size, crop, sides = _sizes(sources)
     what = "colours" if color else "numbers"
-    lines = [
-        "# A proposal of `co2s-fast data describe`. Name the classes; phrases help text queries:",
-        "# `concepts: [lake, river]`. examples/datasets of co2s-fast explains all keys.",
-        "#",
-        f"#   co2s-fast data prepare {out} --raw {raw} --out data/{name}",
-        f"#   co2s-fast data split data/{name} --labels 20",
-        f"#   co2s-fast train --dataset data/{name}/dataset.yaml --labels 20",
-        f"name: {json.dumps(name)}",
-        "",
+    return [
         f"# In label order, as the {what} of {content.masks} masks have them.",
         "classes:",
         *rows,
@@ -226,6 +309,23 @@ def _render(raw: Path, out: Path, name: str, images: str, labels: str | None,
         "mask:",
         f"  encoding: {'color' if color else 'index'}",
         f"  ignore: {ignored}   # {what} that mean no class",
+    ]
+
+
+def _render(raw: Path, out: Path, name: str, images: str, labels: str | None,
+            sources: Sequence[Source], classes: Sequence[str]) -> str:
+    """The description as YAML with comments."""
+    size, crop, sides = _sizes(sources)
+    lines = [
+        "# A proposal of `co2s-fast data describe`. Name the classes; phrases help text queries:",
+        "# `concepts: [lake, river]`. examples/datasets of co2s-fast explains all keys.",
+        "#",
+        f"#   {_command(out, raw, name)}",
+        f"#   co2s-fast data split data/{name} --labels 20",
+        f"#   co2s-fast train --dataset data/{name}/dataset.yaml --labels 20",
+        f"name: {json.dumps(name)}",
+        "",
+        *classes,
         "",
         "files:",
         f"  images: {json.dumps(images)}",

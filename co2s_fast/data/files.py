@@ -1,10 +1,8 @@
-"""Images and labels on disk: reading, decoding masks, writing atomically."""
+"""Images and labels on disk: reading, decoding masks, writing."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +13,9 @@ from PIL import Image
 
 from co2s_fast.data.catalogue import IGNORE, UNKNOWN, DatasetSpec, MaskSpec, class_values
 from co2s_fast.data.imagery import BandStatistics
+from co2s_fast.data.orientation import as_stored, orientation
 from co2s_fast.data.png import encode_png, png_bits
+from co2s_fast.data.writing import replacing, write_text
 from co2s_fast.errors import DataError
 
 DESCRIPTION = "dataset.yaml"
@@ -55,9 +55,10 @@ class Item:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The decoded Pillow image; a DataError names the file where that fails."""
+    """The decoded Pillow image, as it is stored; a DataError names the file where that fails."""
     try:
         image = Image.open(path)
+        tag = orientation(image)
         image.load()
     except FileNotFoundError:
         raise DataError(f"{path}: missing file") from None
@@ -67,7 +68,7 @@ def open_image(path: Path) -> Image.Image:
                             "makes tiles of other rasters") from error
         reason = " ".join(str(error).split()).replace(f" '{path}'", "")
         raise DataError(f"{path}: damaged or not an image ({reason})") from error
-    return image
+    return as_stored(image, tag)
 
 
 def _raster_kind(path: Path) -> str | None:
@@ -155,7 +156,7 @@ def load_label(item: Item, spec: DatasetSpec) -> NDArray[np.uint8]:
         raise DataError(f"{item.image}: has no label")
     if item.raw:
         return decode_mask(item.label, spec)
-    label = _one_band(open_image(item.label), item.label)
+    label = one_band(open_image(item.label), item.label)
     wrong = (label >= spec.num_classes) & (label != IGNORE)
     if wrong.any():
         raise _undeclared(item.label, label, wrong, spec)
@@ -173,7 +174,7 @@ def decode_mask(path: Path, spec: DatasetSpec) -> NDArray[np.uint8]:
         raw = np.asarray(image.convert("RGB"))
         label = decode_colors(raw, spec)
     else:
-        raw = _one_band(image, path)
+        raw = one_band(image, path)
         label = decode_values(raw, spec)
     if image.mode in ("RGBA", "LA"):  # what cannot be seen has no label
         label[np.asarray(image.getchannel("A")) == 0] = IGNORE
@@ -183,7 +184,8 @@ def decode_mask(path: Path, spec: DatasetSpec) -> NDArray[np.uint8]:
     return label
 
 
-def _one_band(image: Image.Image, path: Path) -> NDArray:
+def one_band(image: Image.Image, path: Path) -> NDArray:
+    """The numbers [H, W] of a mask that is a picture."""
     if image.mode not in ("L", "P", "1", "I", "I;16"):
         raise DataError(f"{path}: mode {image.mode}, expected one band of class numbers")
     raw = np.asarray(image, dtype=np.uint8 if image.mode == "1" else None)
@@ -194,8 +196,12 @@ def _one_band(image: Image.Image, path: Path) -> NDArray:
 
 
 def decode_values(raw: NDArray, spec: DatasetSpec) -> NDArray[np.uint8]:
-    """Class ids of raw mask values of any number type, UNKNOWN where one is not declared."""
-    if raw.dtype.kind == "f":
+    """Class ids of raw mask values of any number type, UNKNOWN where one is not declared.
+
+    NaN is no label.
+    """
+    missing = np.isnan(raw) if raw.dtype.kind == "f" else None
+    if missing is not None:
         raw = np.where(raw == np.floor(raw), raw, -1).clip(-1, _LARGEST_VALUE + 1).astype(np.int64)
     elif raw.dtype == np.int8:  # holds no 255
         raw = raw.astype(np.int16)
@@ -208,7 +214,10 @@ def decode_values(raw: NDArray, spec: DatasetSpec) -> NDArray[np.uint8]:
             table[value] = label
     if raw.min(initial=0) < 0 or raw.max(initial=0) > last:
         raw = np.where((raw < 0) | (raw > last), last, raw)
-    return table[raw]
+    labels = table[raw]
+    if missing is not None:
+        labels[missing] = IGNORE
+    return labels
 
 
 def decode_colors(rgb: NDArray[np.uint8], spec: DatasetSpec) -> NDArray[np.uint8]:
@@ -279,24 +288,6 @@ def declared(spec: DatasetSpec) -> str:
         pairs = [f"{c.name} {'/'.join(map(str, class_values(spec, i)))}"
                  for i, c in enumerate(spec.classes)]
     return ", ".join([*pairs, f"ignored {', '.join(map(str, spec.mask.ignore))}"])
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved onto it when the block succeeds, removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def save_image(path: Path, image: NDArray[np.uint8]) -> None:

@@ -9,12 +9,16 @@ from collections.abc import Collection, Sequence
 from itertools import chain, islice, takewhile
 from pathlib import Path, PurePosixPath
 
+from co2s_fast.data.tiles import composed
 from co2s_fast.errors import DataError
 
 WORDS = ("mask", "masks", "label", "labels", "lbl", "gt", "groundtruth", "truth", "ann",
           "anns", "annotation", "annotations", "seg", "segmentation", "segmentationclass",
          "target", "targets")  # fmt: skip
 """Parts of a name that say mask."""
+
+VECTORS = (".gpkg", ".geojson", ".shp", ".fgb", ".gml")
+"""Endings of files of polygons."""
 
 FIELDS = ("scene", "area", "region", "site")
 _SPLIT = re.compile(r"[^A-Za-z]+")
@@ -27,34 +31,47 @@ def guess_templates(names: Sequence[str], raw: Path) -> tuple[str, str]:
 
     A file is a mask where a folder above it, or the beginning or end of its name, says so. Folders
     that differ between images become fields; so does what is left of the names when prefixes and
-    suffixes that all have (`_RGB`, `_mask`) are taken away.
+    suffixes that all have (`_RGB`, `_mask`) are taken away. Without such masks, polygons are masks.
 
     Args:
-        names: paths of all pictures below the raw folder, with forward slashes.
+        names: paths of all pictures and polygons below the raw folder, with forward slashes.
         raw: the folder, for messages.
 
     Raises:
         DataError: nothing that looks like images and masks of one layout.
     """
-    paths = [PurePosixPath(name) for name in names]
+    every = [PurePosixPath(composed(name)) for name in names]
+    paths = [path for path in every if path.suffix.lower() not in VECTORS]
     shared = _shared_folders(paths)
-    masks = [path for path in paths if says_mask(path, shared)]
     images = [path for path in paths if not says_mask(path, shared)]
+    masks = ([path for path in paths if says_mask(path, shared)]
+             or [path for path in every if path.suffix.lower() in VECTORS])
     if not images or not masks:
         what = "masks" if images else "images"
         shown = ", ".join(names[:3]) if names else "nothing"
         raise DataError(f"{raw}: found no {what} by the names of files and folders (mask, label, "
                         f"gt, ... tell masks), found {shown}; {_HINT}")
+    if _is_of_all(masks, images):
+        fixed, masks = str(masks[0]), images
+    else:
+        fixed = None
     depths = {len(path.parts) for path in [*images, *masks]}
     if len(depths) > 1:
         raise DataError(f"{raw}: images and masks lie {min(depths) - 1} to {max(depths) - 1} "
                         f"folders deep, for example {images[0]} and {masks[0]}; {_HINT}")
     image_folders, mask_folders = _folders(images, masks, raw)
     before, after, mask_before, mask_after = _affixes(images, masks)
-    return (
-        "/".join([*image_folders, f"{before}{{name}}{after}{_ending(images, 'type')}"]),
-        "/".join([*mask_folders, f"{mask_before}{{name}}{mask_after}{_ending(masks, None, raw)}"]),
-    )
+    template = "/".join([*image_folders, f"{before}{{name}}{after}{_ending(images, 'type')}"])
+    if fixed is not None:
+        return template, fixed
+    ending = _ending(masks, None, raw)
+    return template, "/".join([*mask_folders, f"{mask_before}{{name}}{mask_after}{ending}"])
+
+
+def _is_of_all(masks: Sequence[PurePosixPath], images: Sequence[PurePosixPath]) -> bool:
+    """The only mask is a file of polygons that has not the name of an image: all lie in it."""
+    return (len(masks) == 1 < len(images) and masks[0].suffix.lower() in VECTORS
+            and masks[0].stem not in {image.stem for image in images})
 
 
 def _shared_folders(paths: Sequence[PurePosixPath]) -> set[int]:
@@ -125,10 +142,11 @@ def _bases(stem: str) -> list[tuple[str, str, str]]:
 
 
 def _ending(paths: Sequence[PurePosixPath], field: str | None, raw: Path | None = None) -> str:
-    """The file ending all paths have; a field where they differ."""
-    endings = sorted({path.suffix for path in paths})
+    """The file ending all paths have, in capitals or not; a field where they differ."""
+    endings = sorted({path.suffix.lower() for path in paths})
     if len(endings) == 1:
         return endings[0]
     if field is None:
-        raise DataError(f"{raw}: masks end with {', '.join(endings)}, expected one kind; {_HINT}")
+        raise DataError(f"{raw}: masks end with {', '.join(endings)}, expected one kind: save them "
+                        f"alike, or if those of one kind are the masks, {_HINT}")
     return f".{{{field}}}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.files import Item
-from co2s_fast.data.tiles import Corner, group_from_name, read_corners, read_groups
+from co2s_fast.data.tiles import TILES, Corner, composed, guess_groups, read_corners, read_groups
 from co2s_fast.errors import DataError
 
 _SEED = 0
@@ -30,21 +30,29 @@ def hold_out(root: Path, items: Sequence[Item], spec: DatasetSpec) -> HeldOut:
     """Choose the validation images by the dataset's rule, `spec.val`.
 
     Whole groups that have a label; their unlabelled images are left out. Where one group alone has
-    labels and was cut into tiles, the tiles at its lower or right end.
+    labels and was cut into tiles, the tiles at its lower or right end. Without `tiles.csv` names
+    tell the groups; where they tell of one alone, each image is one.
 
     Raises:
         DataError: no labelled group matches the patterns, or there is nothing to divide.
     """
-    known = read_groups(root)
-    groups = {i.image.name: known.get(i.image.name) or group_from_name(i.name) for i in items}
+    known, guessed, notes = read_groups(root), guess_groups([i.name for i in items]), []
+    groups = {i.image.name: known.get(i.image.name) or guessed[i.name] for i in items}
+    if not known and len(set(groups.values())) == 1 < len(items):
+        notes.append(f"by their names all images are tiles of one scene, {guessed[items[0].name]}: "
+                     f"without {TILES} each validates or trains by itself, and scores on a part of "
+                     "the same scene promise more than another scene holds")
+        groups = {i.image.name: i.name for i in items}
     names = list(dict.fromkeys(groups[i.image.name] for i in items if i.label is not None))
     if isinstance(spec.val, list):
-        held = {g for g in names if any(fnmatchcase(g, pattern) for pattern in spec.val)}
+        held = {g for g in names if any(fnmatchcase(composed(g), composed(pattern))
+                                        for pattern in spec.val)}
         if not held:
             raise DataError(f"{root}: no labelled group matches the validation patterns "
                             f"{', '.join(spec.val)}; groups are {', '.join(names[:4])}, ...")
     elif len(names) == 1:
-        return _part_of_scene(root, [i for i in items if groups[i.image.name] == names[0]], spec)
+        inside = [i for i in items if groups[i.image.name] == names[0]]
+        return _part_of_scene(root, names[0], inside, spec)
     elif not names:
         raise DataError(f"{root}: no image has a label, so none can validate")
     else:
@@ -52,7 +60,7 @@ def hold_out(root: Path, items: Sequence[Item], spec: DatasetSpec) -> HeldOut:
         held = {names[i] for i in order[: max(round(len(names) * spec.val), 1)]}
     inside = [i for i in items if groups[i.image.name] in held]
     val = {i.image.name for i in inside if i.label is not None}
-    return HeldOut(val, {i.image.name for i in inside} - val)
+    return HeldOut(val, {i.image.name for i in inside} - val, notes)
 
 
 def apart_from(root: Path, items: Sequence[Item], listed: Collection[str],
@@ -76,15 +84,18 @@ def apart_from(root: Path, items: Sequence[Item], listed: Collection[str],
             if i.image.name not in corners or _overlaps(corners[i.image.name], fixed, side)}
 
 
-def _part_of_scene(root: Path, items: Sequence[Item], spec: DatasetSpec) -> HeldOut:
+def _part_of_scene(root: Path, name: str, items: Sequence[Item], spec: DatasetSpec) -> HeldOut:
     """A block at the end of the only scene that has labels, and what overlaps it."""
     side, corners = _side(spec), read_corners(root)
     places = [(i, corners[i.image.name]) for i in items if i.image.name in corners]
     labelled = [(i, corner) for i, corner in places if i.label is not None]
     if side is None or len(labelled) < 2:
-        raise DataError(f"{root}: one group of images alone has labels, and it is not cut into "
-                        "tiles; validation needs a second one: label another image, or cut this "
-                        "one (`tile: {size: ...}`)")
+        guess = "" if len(items) == 1 or (root / TILES).is_file() else (
+            f"; the group is a guess by {len(items)} names, which a {TILES} with columns tile and "
+            "group overrules")
+        raise DataError(f"{root}: one group of images alone has labels, {name}, and it is not cut "
+                        "into tiles; validation needs a second one: label another image, or cut "
+                        f"this one (`tile: {{size: ...}}`){guess}")
     wanted = max(round(len(labelled) * float(spec.val)), 1)
     axes = ("y", "x") if _count(labelled, "y") >= _count(labelled, "x") else ("x", "y")
     for axis in axes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Stretch = Literal["auto", "percentile", "minmax", "none"]
 DTYPES = ("uint8", "uint16", "int16", "float32")
@@ -22,7 +23,8 @@ class RasterSpec(BaseModel):
             off. "auto" is "none" for uint8 and "percentile" for all else.
         percentiles: the two, in percent.
         nodata: value that means "no data", where files do not say so themselves. Whatever this is,
-            a file's own nodata value, its mask and alpha band and NaN count as well.
+            a file's own nodata value, its mask and alpha band, NaN and infinite numbers count as
+            well; NaN here is the same as None.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,6 +32,14 @@ class RasterSpec(BaseModel):
     stretch: Stretch = "auto"
     percentiles: tuple[float, float] = (2.0, 98.0)
     nodata: float | None = None
+
+    @field_validator("nodata")
+    @classmethod
+    def _nodata_is_finite(cls, nodata: float | None) -> float | None:
+        if nodata is not None and math.isinf(nodata):
+            raise ValueError(f"expected a finite number, found {nodata}; infinite ones and NaN "
+                             "always count as no data")
+        return None if nodata is None or math.isnan(nodata) else nodata
 
     @model_validator(mode="after")
     def _percentiles_are_in_order(self) -> RasterSpec:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from co2s_fast.data.catalogue import DatasetSpec
 from co2s_fast.data.duplicates import Fingerprint, fingerprint
 from co2s_fast.data.files import Item, UndeclaredValueError, load_image, load_label
+from co2s_fast.data.orientation import orientation_of, stored_size
 from co2s_fast.data.pixels import RasterPixels
 from co2s_fast.data.png import png_bits
 from co2s_fast.data.rasters import open_source
@@ -38,7 +39,8 @@ class Finding:
 
     Args:
         kind: "missing", "unreadable", "size", "undeclared-value", "duplicate", "list",
-            "shared-group", "small-batch", "empty-class" or "label-without-image".
+            "shared-group", "small-batch", "empty-class", "empty-val", "shared-label" or
+            "label-without-image".
         message: one line.
         files: the paths it is about.
         severity: "problem" (training would be wrong or impossible) or "warning".
@@ -99,6 +101,10 @@ def inspect(item: Item, spec: DatasetSpec, look: Look) -> Seen:
         seen.findings.append(_unusable(item.image, error))
     if item.label is None:
         return seen
+    if seen.size and spec.statistics is None and (tag := orientation_of(item.image)) != 1:
+        message = (f"{item.image}: has the EXIF orientation {tag}, by which viewers turn it; it is "
+                   f"taken as it is stored, and so has {item.label} to lie")
+        seen.findings.append(Finding("orientation", message, (str(item.image),), "warning"))
     try:
         if look.decode or look.labels or not looks_whole(item.label):
             label = load_label(item, spec)
@@ -133,7 +139,7 @@ def _unusable(path: Path, error: DataError) -> Finding:
 def header_size(path: Path) -> tuple[int, int]:
     """(width, height) by the header."""
     with Image.open(path) as image:
-        return image.size
+        return stored_size(image)
 
 
 def looks_whole(path: Path, any_mode: bool = False) -> bool:

@@ -7,11 +7,12 @@ import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from co2s_fast.data.archives import is_hidden
 from co2s_fast.data.catalogue import DatasetSpec, FilesSpec, TileSpec
-from co2s_fast.data.tiles import SUFFIXES
+from co2s_fast.data.tiles import RECORD, SUFFIXES, composed
 from co2s_fast.errors import DataError, UsageError
 
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -45,8 +46,18 @@ def fields(template: str) -> list[str]:
     return _FIELD.findall(template)
 
 
+def match_template(template: str, name: str) -> re.Match[str] | None:
+    """Whether a path below the raw folder is one of a template, and what its fields match.
+
+    A field matches anything but a slash. The case of the ending does not matter, nor how accented
+    letters are composed.
+    """
+    return pattern(composed(template)).fullmatch(composed(name))
+
+
+@lru_cache(maxsize=64)
 def pattern(template: str) -> re.Pattern[str]:
-    """The regular expression of a template; a field matches anything but a slash."""
+    """The regular expression of a template."""
     out, seen, end = "", set(), 0
     if template.startswith(ANYWHERE):
         out, end = "(?:.*/)?", len(ANYWHERE)
@@ -56,7 +67,8 @@ def pattern(template: str) -> re.Pattern[str]:
         out += f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+)"
         seen.add(name)
         end = match.end()
-    return re.compile(out + re.escape(template[end:]))
+    rest, ending = posixpath.splitext(f"{{}}{template[end:]}")
+    return re.compile(f"{out}{re.escape(rest[2:])}(?i:{re.escape(ending)})")
 
 
 def check_templates(files: FilesSpec, tile: TileSpec) -> None:
@@ -75,7 +87,9 @@ def check_templates(files: FilesSpec, tile: TileSpec) -> None:
 
 
 def list_files(root: Path, without: Path | None = None) -> list[str]:
-    """All files below a folder but hidden ones, as sorted relative paths with forward slashes.
+    """All files below a folder, as sorted relative paths with forward slashes.
+
+    Hidden ones are left out, and folders in it that `data prepare` made.
 
     Args:
         root: the folder.
@@ -83,10 +97,24 @@ def list_files(root: Path, without: Path | None = None) -> list[str]:
     """
     paths = []
     for folder, folders, files in os.walk(root, followlinks=True):
-        if without is not None:
-            folders[:] = [name for name in folders if Path(folder, name).resolve() != without]
+        folders[:] = [name for name in folders if not _is_prepared(Path(folder, name))
+                      and (without is None or Path(folder, name).resolve() != without)]
         paths += [Path(folder, name).relative_to(root) for name in files]
     return sorted(path.as_posix() for path in paths if not is_hidden(path))
+
+
+def prepared_folders(root: Path) -> list[Path]:
+    """The folders below one that `data prepare` made, and that `list_files` leaves out."""
+    found = []
+    for folder, folders, _ in os.walk(root, followlinks=True):
+        made = [name for name in folders if _is_prepared(Path(folder, name))]
+        folders[:] = [name for name in folders if name not in made]
+        found += [Path(folder, name) for name in made]
+    return sorted(found)
+
+
+def _is_prepared(folder: Path) -> bool:
+    return (folder / RECORD).is_file()
 
 
 def find_sources(raw: Path, spec: DatasetSpec, more: Path | None = None,
@@ -118,6 +146,9 @@ def find_sources(raw: Path, spec: DatasetSpec, more: Path | None = None,
     names = sorted(paths)
     found = f"found {', '.join(names[:3])}, ..." if names else "found no files"
     wanted = " or ".join(repr(files.images) for files in spec.layouts)
+    made = [path for path in prepared_folders(raw) if path.resolve() != without]
+    if made:
+        found += f"; {made[0]} was made by `data prepare` and does not count"
     raise DataError(f"{raw}: no file matches {wanted}; {found}")
 
 
@@ -131,34 +162,34 @@ def overlooked(sources: Sequence[Source], names: Iterable[str]) -> list[str]:
     folders = {posixpath.dirname(source.name) for source in sources}
     endings = {*SUFFIXES, *(posixpath.splitext(source.name)[1].lower() for source in sources)}
     files = sources[0].files
-    patterns = [pattern(template) for template in (files.images, files.labels) if template]
+    templates = [template for template in (files.images, files.labels) if template]
     return [name for name in names
             if posixpath.dirname(name) in folders
             and posixpath.splitext(name)[1].lower() in endings
-            and not any(each.fullmatch(name) for each in patterns)]
+            and not any(match_template(each, name) for each in templates)]
 
 
 def _layout(raw: Path, paths: dict[str, Path], files: FilesSpec) -> list[Source]:
     """The sources of one layout, empty where no image matches it."""
-    image_pattern = pattern(files.images)
     images = {name: match.groupdict() for name in sorted(paths)
-              if (match := image_pattern.fullmatch(name))}
+              if (match := match_template(files.images, name))}
     if not images or not files.labels:
         return [_source(name, paths, values, files, None) for name, values in images.items()]
-    wanted = {files.labels.format_map(values) for values in images.values()}
+    wanted = {_mask_key(files.labels, values) for values in images.values()}
+    rather_image = _fixed(files.labels) <= _fixed(files.images)
     masks: dict[str, str] = {}
     for name in sorted(paths):
-        match = pattern(files.labels).fullmatch(name)
+        match = match_template(files.labels, name)
         if match is None:
             continue
-        key = files.labels.format_map(match.groupdict())
-        if name in images and key not in wanted:
+        key = _mask_key(files.labels, match.groupdict())
+        if name in images and key not in wanted and rather_image:
             continue  # both templates match it, and no image has it for a mask
         if key in masks:
             raise DataError(f"{raw}: two masks for one image, {masks[key]} and {name}")
         masks[key] = name
     images = {name: values for name, values in images.items() if name not in masks.values()}
-    taken = {name: masks.get(files.labels.format_map(values)) for name, values in images.items()}
+    taken = {name: masks.get(_mask_key(files.labels, values)) for name, values in images.items()}
     alone = sorted(set(masks.values()) - set(taken.values()))
     if alone:
         raise DataError(f"{raw}: {len(alone)} masks have no image, for example {alone[0]}")
@@ -167,9 +198,21 @@ def _layout(raw: Path, paths: dict[str, Path], files: FilesSpec) -> list[Source]
     return [_source(name, paths, values, files, taken[name]) for name, values in images.items()]
 
 
+def _fixed(template: str) -> int:
+    """How much of a template is not fields: the more of it, the more a name that matches says."""
+    return len(_FIELD.sub("", template.removeprefix(ANYWHERE)))
+
+
+def _mask_key(template: str, values: dict[str, str]) -> str:
+    """What an image and its mask have in common; endings in capitals are no other ones."""
+    stem, ending = posixpath.splitext(template.format_map(values))
+    return stem + ending.lower()
+
+
 def _source(
     name: str, paths: dict[str, Path], values: dict[str, str], files: FilesSpec, mask: str | None
 ) -> Source:
-    group = files.group.format_map(values) if files.group else Path(name).with_suffix("").as_posix()
+    group = (files.group.format_map(values) if files.group
+             else Path(composed(name)).with_suffix("").as_posix())
     return Source(name, paths[name], paths[mask] if mask else None, group, files,
                   tuple(values.items()))

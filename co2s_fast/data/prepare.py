@@ -28,18 +28,25 @@ from tqdm import tqdm
 
 from co2s_fast.data.archives import find_archives, unpacked
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec, TileSpec
-from co2s_fast.data.files import save_label, write_description, write_text
+from co2s_fast.data.files import save_label, write_description
 from co2s_fast.data.imagery import BandStatistics
-from co2s_fast.data.pairing import Source, find_sources, list_files, overlooked
+from co2s_fast.data.pairing import (
+    Source,
+    find_sources,
+    list_files,
+    overlooked,
+    prepared_folders,
+)
+from co2s_fast.data.rasters import writing
 from co2s_fast.data.raw import Piece, RawImage, open_raw
 from co2s_fast.data.splits import summary
 from co2s_fast.data.stamps import Stamp, checksum, is_unchanged, stamps
 from co2s_fast.data.survey import survey
 from co2s_fast.data.tile_writer import Place, TileWriter
-from co2s_fast.data.tiles import TILES
+from co2s_fast.data.tiles import RECORD, TILES
+from co2s_fast.data.writing import write_text
 from co2s_fast.errors import DataError, UsageError
 
-RECORD = "prepared.json"
 _WAITING = 4  # files of one image that wait to be written
 
 
@@ -52,7 +59,7 @@ class Prepared:
         images: raw images.
         tiles: written.
         labeled: tiles with a label.
-        pixels: of each class by name, "ignored" last.
+        pixels: of each class by name, "ignored" last ("(no class)" where a class has that name).
         empty: tiles that were left out because they have no data at all.
         statistics: of the bands, where images are not 8-bit colour or grey.
         already: it was all there.
@@ -118,12 +125,13 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
     shutil.rmtree(temporary, ignore_errors=True)
     with unpacked(archives, out, progress) as more:
         sources = find_sources(raw, spec, more, out.resolve())
-        dtype = survey(sources, spec)
+        dtype, notes = survey(sources, spec)
         for name in ("images", "labels"):
             (temporary / name).mkdir(parents=True)
         try:
             prepared = _write_tiles(sources, temporary, spec, TileWriter(spec, dtype), progress)
             prepared.root = out
+            prepared.notes += notes
             prepared.notes += _overlooked(sources, raw, more, out.resolve())
             if dtype is not None:
                 _take_statistics(prepared, temporary, spec, progress)
@@ -132,6 +140,9 @@ def prepare_dataset(spec: DatasetSpec, raw: Path | None, out: Path, *, overwrite
                       "labeled": prepared.labeled, "pixels": prepared.pixels}
             content = {**record, "files": _with_checksums(record["files"], raw, progress), **totals}
             write_text(temporary / RECORD, json.dumps(content, indent=1))
+        except DataError as error:
+            shutil.rmtree(temporary)
+            raise DataError(str(error).replace(str(temporary), str(out))) from error
         except BaseException:
             shutil.rmtree(temporary)
             raise
@@ -168,19 +179,21 @@ def _take_statistics(prepared: Prepared, root: Path, spec: DatasetSpec, progress
 
     write_description(root, spec)
     items, notes = training_images(root, spec)
-    prepared.notes += notes
+    prepared.notes += [note.replace(str(root), str(prepared.root)) for note in notes]
     prepared.statistics = band_statistics([item.image for item in items], spec,
                                           threads=os.cpu_count() or 1, progress=progress)
 
 
 def _overlooked(sources: list[Source], raw: Path, more: Path | None, out: Path) -> list[str]:
-    """A note about images that lie beside those of the dataset and match no template."""
+    """Notes about images that match no template, and about prepared folders in the raw one."""
     roots = [root for root in (raw, more) if root is not None and root.is_dir()]
+    notes = [f"note: {path} was made by `data prepare` and is left out"
+             for root in roots for path in prepared_folders(root) if path.resolve() != out]
     found = overlooked(sources, [name for root in roots for name in list_files(root, out)])
-    if not found:
-        return []
-    return [f"note: {len(found)} image files beside these match no template and are left out, for "
-            f"example {found[0]}"]
+    if found:
+        notes.append(f"note: {len(found)} image files beside these match no template and are left "
+                     f"out, for example {found[0]}")
+    return notes
 
 
 def _put(made: Path, out: Path) -> None:
@@ -306,7 +319,7 @@ def _write_tiles(sources: list[Source], root: Path, spec: DatasetSpec, writer: T
     if not total.rows:
         raise DataError(f"no image is as large as a tile of {spec.tile.size} pixels")
     pixels = {n: int(c) for n, c in zip(spec.class_names, total.pixels, strict=False)}
-    pixels["ignored"] = int(total.pixels[IGNORE])
+    pixels["(no class)" if "ignored" in pixels else "ignored"] = int(total.pixels[IGNORE])
     _write_index(root / TILES, total.rows)
     return Prepared(root, len(sources), len(total.rows), total.labeled, pixels, empty=total.empty)
 
@@ -351,7 +364,7 @@ def _write_source(
                 path = root / "images" / f"{name}{suffix}"
                 write = (writer.copy(path, source) if copied
                          else writer.image(path, piece, image, place, tile))
-                jobs.append(writers.submit(write))
+                jobs.append(writers.submit(_named, path, write))
                 if piece.label is not None:
                     label = _padded(piece.label, tile.size)
                     as_image = writer.dtype is None and suffix == ".tif"
@@ -368,6 +381,12 @@ def _write_source(
     for job in jobs:
         job.result()  # raises what writing raised
     return found
+
+
+def _named(path: Path, write: Callable[[], None]) -> None:
+    """Write a tile; an error of GDAL says which."""
+    with writing(path):
+        write()
 
 
 def _tile_name(source: Source, base: str, tile: TileSpec, place: Place) -> str:

@@ -62,10 +62,14 @@ class Raster:
         self._marks = [_representable((mark, spec.raster.nodata), self.dtype) for mark in marks]
         self.has_one_nodata = all(marks == self._marks[0] for marks in self._marks)
         self.nodata = next((mark.item() for marks in self._marks for mark in marks), None)
+        all_flags = source.mask_flag_enums
+        flags = [set(all_flags[band - 1]) for band in self.bands]
         # Writers call a fourth band of 8 bits alpha, whatever it is; one that is chosen is data.
-        alpha_is_data = any(band not in colors for band in self.bands)
-        self._masked = not alpha_is_data and any(
-            MaskFlags.all_valid not in source.mask_flag_enums[band - 1] for band in self.bands)
+        self.false_alpha = next((band for band in self.bands if band not in colors
+                                 and any(MaskFlags.alpha in each for each in flags)), None)
+        self.alpha = unheeded_alpha(source, self.bands)
+        not_masks = {MaskFlags.all_valid, *([MaskFlags.alpha] if self.false_alpha else [])}
+        self._masked = any(not each & not_masks for each in flags)
 
     @property
     def marked_by_us(self) -> bool:
@@ -76,7 +80,8 @@ class Raster:
     @property
     def is_complete(self) -> bool:
         """Nothing in the file's header says that data may be missing."""
-        return not self._masked and not any(self._marks) and self.dtype != "float32"
+        return (not self._masked and self.alpha is None and not any(self._marks)
+                and self.dtype != "float32")
 
     def read(self, row: int, column: int, height: int, width: int
              ) -> tuple[NDArray, NDArray[np.bool_] | None]:
@@ -99,15 +104,34 @@ class Raster:
         window = Window(column, row, width, height)
         with reading(self.path):
             values = read_bands(self.source, self.bands, window)
-            masks = self.source.read_masks(self.bands, window=window) if self._masked else None
+            masks = self.masks(window)
         valid = None if self.is_complete else self.check(values, masks)
         if self.palette is not None:
             values = self.palette[values[0]].transpose(2, 0, 1)
         return values, valid
 
-    def check(self, values: NDArray, masks: NDArray[np.uint8] | None) -> NDArray[np.bool_] | None:
-        """Where each band has data, [C, h, w]; None: everywhere."""
-        valid = np.ones(values.shape, bool) if masks is None else masks != 0
+    def masks(self, window: Any, shape: tuple[int, int] | None = None) -> NDArray[np.bool_] | None:
+        """Where the file's nodata value, mask or alpha band says that there is data, [C, h, w].
+
+        Args:
+            window: of rasterio.
+            shape: (rows, columns) wanted, the nearest pixel for each; None: the window's own.
+
+        Returns:
+            None where the file says nothing.
+        """
+        found = None
+        if self._masked:
+            size = None if shape is None else (len(self.bands), *shape)
+            found = self.source.read_masks(self.bands, window=window, out_shape=size) != 0
+        if self.alpha is None:
+            return found
+        seen = self.source.read(self.alpha, window=window, out_shape=shape) != 0
+        return np.repeat(seen[None], len(self.bands), 0) if found is None else found & seen
+
+    def check(self, values: NDArray, masks: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        """Where each band has data, [C, h, w], `masks` being the file's; None: everywhere."""
+        valid = np.ones(values.shape, bool) if masks is None else masks
         for band, marks in enumerate(self._marks):
             for mark in marks:
                 valid[band] &= values[band] != mark
@@ -116,6 +140,20 @@ class Raster:
         if values.dtype == np.uint8:  # a number of no data is a colour, too: one band's is data
             valid[:] = valid.any(0)
         return None if valid.all() else valid
+
+
+def unheeded_alpha(source: Any, bands: Sequence[int]) -> int | None:
+    """The alpha band beside these bands, where GDAL does not take it for their mask.
+
+    It does so for the last one of 2 or 4 bands of 8 or 16 bits, in files that have no nodata value.
+    """
+    from rasterio.enums import ColorInterp, MaskFlags
+
+    flags = source.mask_flag_enums
+    if any(MaskFlags.alpha in flags[band - 1] for band in bands):
+        return None
+    return next((band for band, kind in enumerate(source.colorinterp, 1)
+                 if kind == ColorInterp.alpha and band not in bands), None)
 
 
 def read_bands(source: Any, bands: list[int], window: Any) -> NDArray:
@@ -141,7 +179,10 @@ def open_source(path: Path) -> Iterator[Any]:
 
     if not path.is_file():
         raise DataError(f"{path}: missing file")
-    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB, GDAL_TIFF_INTERNAL_MASK=True):
+    # No overviews (GDAL 3.9 and newer): whether there are any, and how made, changes no image.
+    # OVERVIEW_LEVEL=NONE would leave those of masks and of a VRT's sources.
+    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB, GDAL_TIFF_INTERNAL_MASK=True,
+                      GDAL_OVERVIEW_OVERSAMPLING_THRESHOLD=0):
         try:
             with quiet():
                 source = rasterio.open(path)
@@ -165,15 +206,29 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what GDAL says of a file that cannot be written into a DataError that names it."""
+    from rasterio._err import CPLE_BaseError  # copying raises GDAL's errors as they are
+    from rasterio.errors import RasterioError
+
+    try:
+        yield
+    except (RasterioError, CPLE_BaseError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{path}: cannot be written: {reason} (is the disk full?)") from error
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
-    """A TIFF without georeference is fine; rasterio warns about each.
+    """A TIFF without georeference is fine, or with nodata and alpha; rasterio warns about each.
 
-    The filter stays: `warnings.catch_warnings` cannot be used by several threads.
+    The filters stay: `warnings.catch_warnings` cannot be used by several threads.
     """
-    from rasterio.errors import NotGeoreferencedWarning
+    from rasterio.errors import NodataShadowWarning, NotGeoreferencedWarning
 
-    if not any(each[2] is NotGeoreferencedWarning for each in warnings.filters):
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    for kind in (NotGeoreferencedWarning, NodataShadowWarning):
+        if not any(each[2] is kind for each in warnings.filters):
+            warnings.simplefilter("ignore", kind)
     yield
 
 
@@ -198,9 +253,12 @@ def ground(transform: Any, row: int, column: int, height: int, width: int
 
 
 def _representable(marks: Sequence[float | None], dtype: str) -> list[Any]:
-    """Nodata values as numbers of a type; those that the type cannot have never occur."""
+    """Nodata values as numbers of a type; those that the type cannot have never occur.
+
+    Neither are NaN and infinite ones among them, which are no data as they are.
+    """
     kind = np.dtype(dtype)
-    numbers = [mark for mark in marks if mark is not None and not np.isnan(mark)]
+    numbers = [mark for mark in marks if mark is not None and np.isfinite(mark)]
     if kind.kind == "f":
         return [kind.type(mark) for mark in numbers]
     limits = np.iinfo(kind)

@@ -27,6 +27,7 @@ from co2s_fast.data.files import (
     load_picture,
     undeclared,
 )
+from co2s_fast.data.orientation import orientation_of
 from co2s_fast.data.pairing import Source
 from co2s_fast.data.rasters import (
     Raster,
@@ -37,6 +38,7 @@ from co2s_fast.data.rasters import (
     placed,
     read_bands,
     reading,
+    unheeded_alpha,
 )
 from co2s_fast.data.transforms import nearest_pixels, resampled
 from co2s_fast.errors import DataError
@@ -213,6 +215,7 @@ class DecodedMask:
     def __init__(self, path: Path, spec: DatasetSpec, image: RawImage, image_path: Path) -> None:
         label = decode_mask(path, spec)
         _check_size(path, label.shape, image, image_path)
+        _check_ground(path, None, image, image_path)
         if (image.height, image.width) != image.native:
             size = image.width, image.height
             label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
@@ -243,6 +246,8 @@ class RasterMask:
             raise DataError(f"{path}: has {source.count} bands, expected one of class numbers")
         # A mask band or alpha; a nodata value counts where no class has it, see `_decode`.
         self._masked = any(MaskFlags.per_dataset in flags for flags in source.mask_flag_enums)
+        self._bands = [1, 2, 3] if self._colors and source.count >= 3 else [1]
+        self._alpha = unheeded_alpha(source, self._bands)
         self._undeclared: Counter = Counter()
 
     def part(self, row: int, column: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -252,12 +257,13 @@ class RasterMask:
         rows = nearest_pixels(self.image.native[0], self.image.height, row, height)
         columns = nearest_pixels(self.image.native[1], self.image.width, column, width)
         window = Window(columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0])
-        bands = [1, 2, 3] if self._colors and self.source.count >= 3 else [1]
         with reading(self.path):
-            raw = read_bands(self.source, bands, window)
-            known = self.source.dataset_mask(window=window) if self._masked else None
+            raw = read_bands(self.source, self._bands, window)
+            hiding = [self.source.dataset_mask(window=window)] if self._masked else []
+            if self._alpha is not None:
+                hiding.append(self.source.read(self._alpha, window=window))
         label, raw = self._decode(raw)
-        if known is not None:
+        for known in hiding:
             label[known == 0] = IGNORE
         unknown = label == UNKNOWN
         if unknown.any():
@@ -274,8 +280,7 @@ class RasterMask:
         label = decode_values(raw[0], self.spec)
         mark = self.source.nodatavals[0]
         if mark is not None:
-            missing = np.isnan(raw[0]) if np.isnan(mark) else raw[0] == mark
-            label[missing & (label == UNKNOWN)] = IGNORE
+            label[(raw[0] == mark) & (label == UNKNOWN)] = IGNORE
         return label, raw[0]
 
     def finish(self) -> None:
@@ -324,25 +329,50 @@ def _open_mask(source: Source, spec: DatasetSpec, image: RawImage, files: ExitSt
 
 def _check_size(path: Path, shape: tuple[int, int], image: RawImage, image_path: Path) -> None:
     if shape != image.native:
+        turned = shape == image.native[::-1] and is_picture(image_path)
+        hint = "; its EXIF orientation, by which viewers turn it, is not heeded" * (
+            turned and orientation_of(image_path) != 1)
         raise DataError(f"{path}: {shape[1]} x {shape[0]} pixels, its image {image_path} has "
-                        f"{image.native[1]} x {image.native[0]}")
+                        f"{image.native[1]} x {image.native[0]}{hint}")
 
 
 def _check_ground(path: Path, source: Any, image: RawImage, image_path: Path) -> None:
-    """Two georeferenced rasters must lie on the same ground."""
-    raster = image.raster
-    if raster is None or not (raster.crs and source.crs):
+    """A mask and an image that both say where they are must lie on the same ground.
+
+    A coordinate system counts where both have one: world files know none.
+    """
+    own = _place(path, source)
+    of_image = None if own is None else _place(image_path, image.raster and image.raster.source)
+    if own is None or of_image is None:
         return
-    known = raster.crs.to_epsg(), source.crs.to_epsg()
-    if raster.crs != source.crs and None not in known and known[0] != known[1]:
-        raise DataError(f"{path}: coordinate system {source.crs}, its image {image_path} has "
-                        f"{raster.crs}")
-    pixel = max(abs(raster.transform[0]), abs(raster.transform[1]), 1e-300)
-    off = max(abs(source.transform[i] - raster.transform[i]) for i in (2, 5)) / pixel
-    sizes = [abs(source.transform[i] - raster.transform[i]) * max(image.native) / pixel
-             for i in (0, 1, 3, 4)]
+    crs, image_crs = own[0], of_image[0]
+    if crs and image_crs:
+        known = crs.to_epsg(), image_crs.to_epsg()
+        if crs != image_crs and None not in known and known[0] != known[1]:
+            raise DataError(f"{path}: coordinate system {crs}, its image {image_path} has "
+                            f"{image_crs}")
+    elif own[1].is_identity or of_image[1].is_identity:  # which says nothing
+        return
+    transform, wanted = own[1], of_image[1]
+    pixel = max(abs(wanted[0]), abs(wanted[1]), 1e-300)
+    off = max(abs(transform[i] - wanted[i]) for i in (2, 5)) / pixel
+    sizes = [abs(transform[i] - wanted[i]) * max(image.native) / pixel for i in (0, 1, 3, 4)]
     if max(off, *sizes) > _OFF:
         raise DataError(f"{path}: lies {max(off, *sizes):.1f} pixels off its image {image_path}")
+
+
+def _place(path: Path, source: Any) -> tuple[Any, Any] | None:
+    """Coordinate system and transform of an open raster, or of a picture by its world file.
+
+    None where a picture (`source` is None) has no such file.
+    """
+    if source is not None:
+        return source.crs, source.transform
+    world = f"{path.suffix[:2]}{path.suffix[-1]}w"  # .jgw of .jpg
+    if not any(path.with_suffix(each).is_file() for each in (world.lower(), world.upper(), ".wld")):
+        return None
+    with open_source(path) as picture:
+        return picture.crs, picture.transform
 
 
 def _color_table(path: Path, source: Any) -> NDArray[np.uint8]:

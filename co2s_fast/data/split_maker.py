@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from co2s_fast.data.catalogue import DatasetSpec, explain, load_dataset
 from co2s_fast.data.config import DataConfig, parse_ratio
-from co2s_fast.data.files import DESCRIPTION, Item, load_label, write_text
+from co2s_fast.data.files import DESCRIPTION, Item, load_label
 from co2s_fast.data.hold_out import apart_from, hold_out
 from co2s_fast.data.splits import (
     SPLITS,
@@ -22,7 +22,8 @@ from co2s_fast.data.splits import (
     split_name,
     summary,
 )
-from co2s_fast.data.tiles import list_images
+from co2s_fast.data.tiles import list_images, shared_names, shared_text
+from co2s_fast.data.writing import write_text
 from co2s_fast.errors import DataError, UsageError
 
 _COVERED = 0.01  # share of an image that a class must fill for the image to count as covering it
@@ -98,7 +99,9 @@ def _train_and_val(root: Path, spec: DatasetSpec) -> tuple[list[Item], list[Item
     items = list_images(root)
     if not items:
         raise DataError(f"{root / 'images'}: no images")
-    problems: list[str] = []
+    problems = [shared_text(paths) for paths in shared_names(root)]
+    if problems:
+        raise DataError(summary(problems))
     val_list, notes, prepared = root / SPLITS / "val.txt", [], _prepared(root, spec)
     if val_list.is_file():
         listed = {i.image.name for i in read_list(val_list, root, problems, need_label=True)}

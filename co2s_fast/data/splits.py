@@ -42,7 +42,8 @@ class Split:
     pixels: NDArray[np.int64] | None = None
 
 
-def open_split(config: DataConfig, spec: DatasetSpec, use: Use = "train") -> Split:
+def open_split(config: DataConfig, spec: DatasetSpec, use: Use = "train", *,
+               make: bool | None = None) -> Split:
     """The labelled, unlabelled and validation images that a configuration asks for.
 
     The built-in demo dataset is generated where it is not found. A ratio or a number of labels
@@ -53,6 +54,8 @@ def open_split(config: DataConfig, spec: DatasetSpec, use: Use = "train") -> Spl
         spec: the dataset.
         use: "train" checks all images; "resume" forgives training images that broke meanwhile, up
             to `config.max_damaged`; "evaluate" opens the validation images only.
+        make: whether to make a split that is missing; None: unless `use` is "evaluate", as another
+            split may validate on what a run was trained with. The demo's is the same every time.
 
     Raises:
         DataError: data not found (says what to fetch and which command to run), or anything wrong
@@ -69,7 +72,12 @@ def open_split(config: DataConfig, spec: DatasetSpec, use: Use = "train") -> Spl
                         f"--out {root}` takes them")
     notes: list[str] = []
     folder = config.split or root / SPLITS / split_name(config)
-    if config.split is None and not (folder / "labeled.txt").is_file():
+    makes = use != "evaluate" or spec.generated if make is None else make
+    if config.split is None and not makes and not folder.is_dir():
+        size = f"--labels {config.labels}" if config.ratio is None else f"--ratio {config.ratio}"
+        raise DataError(f"split folder {folder}: missing, and evaluating makes none; give --split, "
+                        f"or run `co2s-fast data split {root} {size} --seed {config.split_seed}`")
+    if config.split is None and makes and not (folder / "labeled.txt").is_file():
         from co2s_fast.data.split_maker import split_dataset
 
         notes += split_dataset(root, spec, ratio=config.ratio, labels=config.labels,
@@ -103,7 +111,8 @@ def find_root(config: DataConfig, spec: DatasetSpec) -> Path:
 
     Looked for in `config.root`, or without one in the folder of a prepared `dataset.yaml` that
     was given as the dataset, `$CO2S_DATA/<name>`, `./data/<name>`, in this order; the first that
-    applies. A given root may also be the parent of `<name>/`.
+    applies. A given root may also be the parent of `<name>/`. In place of a prepared folder that
+    is gone, no other is taken.
 
     Raises:
         DataError: not there; says what to fetch and which command prepares it.
@@ -117,6 +126,9 @@ def find_root(config: DataConfig, spec: DatasetSpec) -> Path:
         from co2s_fast.data.demo import generate_demo
 
         return generate_demo(candidates[0], spec)
+    if config.root is None and _prepared_is_gone(config):
+        raise DataError(f"{candidates[0] / 'images'}: missing; dataset {spec.name!r} was prepared "
+                        "there; give --data-root, the folder that holds it now")
     tried = ", ".join(f"{c}/images" for c in candidates)
     what = spec.info.needs or "it"
     fetched = f"fetch {what} from {spec.info.source}, then " if spec.info.source else ""
@@ -127,17 +139,23 @@ def find_root(config: DataConfig, spec: DatasetSpec) -> Path:
     )
 
 
-def open_dataset(config: DataConfig) -> DatasetSpec:
+def open_dataset(config: DataConfig, kept: Path | None = None) -> DatasetSpec:
     """The dataset of a run, with the band statistics of its prepared folder.
 
     A description that was written by hand knows no statistics; those that `data prepare` stored
     are taken from the folder that `find_root` will find.
 
+    Args:
+        config: of the run.
+        kept: file with the run's own copy of the description, for where that of `config` is gone.
+
     Raises:
         UsageError: no such dataset, or a wrong description.
         DataError: the folder was prepared from other bands.
     """
-    spec = load_dataset(config.dataset)
+    given = Path(config.dataset)
+    gone = given.suffix.lower() in (".yaml", ".yml") and not given.is_file()
+    spec = load_dataset(kept if gone and kept is not None and kept.is_file() else given)
     if spec.statistics is not None:
         return spec
     root = next((r for r in candidate_roots(config, spec) if (r / "images").is_dir()), None)
@@ -160,12 +178,20 @@ def candidate_roots(config: DataConfig, spec: DatasetSpec) -> list[Path]:
     """Where `find_root` looks, in order."""
     if config.root is not None:
         return [config.root, config.root / spec.name]
+    description = Path(config.dataset)
+    if _prepared_is_gone(config):  # a folder of that name elsewhere may be another one
+        return [description.parent]
     stores = [os.environ["CO2S_DATA"]] if os.environ.get("CO2S_DATA") else []
     roots = [Path(store) / spec.name for store in [*stores, "data"]]
-    description = Path(config.dataset)
     if description.name == DESCRIPTION and (description.parent / "images").is_dir():
         roots.insert(0, description.parent)
     return roots
+
+
+def _prepared_is_gone(config: DataConfig) -> bool:
+    """Whether the dataset is a prepared folder's own description, which is not there (any more)."""
+    description = Path(config.dataset)
+    return description.name == DESCRIPTION and not description.is_file()
 
 
 def _check_description(root: Path, spec: DatasetSpec) -> None:
@@ -174,10 +200,13 @@ def _check_description(root: Path, spec: DatasetSpec) -> None:
     if not description.is_file():
         return
     described = load_dataset(description)
+    found = described.class_names
+    if spec.generated and (described.name, found) != (spec.name, spec.class_names):
+        raise DataError(f"{root}: holds dataset {described.name!r}, not {spec.name!r}; give "
+                        f"--dataset {description}")
     if spec.generated and described.val != spec.val:
         raise DataError(f"{root}: was generated by another version of the package; remove the "
                         "folder, and it is generated again")
-    found = described.class_names
     if found != spec.class_names:
         raise DataError(f"{description}: was prepared for classes {', '.join(found)}; "
                         f"dataset {spec.name!r} has {', '.join(spec.class_names)}")

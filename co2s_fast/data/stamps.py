@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from co2s_fast.data.catalogue import DatasetSpec
-from co2s_fast.data.pairing import list_files, pattern
+from co2s_fast.data.pairing import list_files, match_template
 from co2s_fast.errors import DataError
 
 # Files beside a raster or a shapefile that are part of it. Statistics and overviews are not.
@@ -36,10 +36,10 @@ def stamps(raw: Path, archives: Sequence[Path], spec: DatasetSpec, without: Path
     """
     if raw.is_file():
         return {raw.name: _stamp(raw)}
-    patterns = [pattern(template) for files in spec.layouts
-                for template in (files.images, files.labels) if template]
+    templates = [template for files in spec.layouts
+                 for template in (files.images, files.labels) if template]
     names = list_files(raw, without) if raw.is_dir() else []
-    wanted = {name for name in names if any(each.fullmatch(name) for each in patterns)}
+    wanted = {name for name in names if any(match_template(each, name) for each in templates)}
     stems = {Path(name).with_suffix("") for name in wanted} | {Path(name) for name in wanted}
     wanted |= {name for name in names if Path(name).suffix.lower() in SIDECARS
                and Path(name).with_suffix("") in stems}

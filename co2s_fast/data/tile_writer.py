@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from co2s_fast.data.catalogue import DatasetSpec, TileSpec
-from co2s_fast.data.files import load_rgb, replacing, save_image
+from co2s_fast.data.files import load_rgb, save_image
 from co2s_fast.data.pairing import Source
 from co2s_fast.data.rasters import CHOSEN, Raster, placed, quiet
 from co2s_fast.data.raw import Piece, RawImage, RawPicture, RawRaster
 from co2s_fast.data.tiles import SUFFIXES
+from co2s_fast.data.writing import replacing
 from co2s_fast.errors import DataError
 
 _BLOCK = 256
@@ -89,8 +90,8 @@ class TileWriter:
         nodata = raster.nodata
         if nodata is None and pixels.dtype.kind == "f":
             nodata = float("nan")
-        elif valid is not None and not raster.has_one_nodata:
-            nodata = _unused(pixels, valid)
+        elif not raster.has_one_nodata:  # what means no data in one band is a number of another
+            nodata = None if valid is None else _unused(pixels, valid)
         profile = {"nodata": nodata}
         if raster.crs and not raster.transform.is_identity:
             profile |= {"crs": raster.crs, "transform": placed(image.transform, place.y, place.x)}
@@ -98,15 +99,15 @@ class TileWriter:
 
 
 def picture(piece: Piece, height: int, width: int) -> NDArray[np.uint8]:
-    """Pixels [height, width, 3] of a tile, 0 in the padding; 4 where some have no data."""
+    """Pixels [height, width, 3] of a tile; a fourth channel is alpha, 0 in padding and no data."""
     pixels = piece.pixels.transpose(1, 2, 0)
-    if piece.valid is not None and not piece.valid.any(0).all():
-        alpha = np.where(piece.valid.any(0), np.uint8(255), np.uint8(0))
-        pixels = np.concatenate([pixels, alpha[..., None]], 2)
-    if pixels.shape[:2] == (height, width):
+    seen = None if piece.valid is None else piece.valid.any(0)
+    if pixels.shape[:2] == (height, width) and (seen is None or seen.all()):
         return np.ascontiguousarray(pixels)
-    out = np.zeros((height, width, pixels.shape[2]), np.uint8)
-    out[: pixels.shape[0], : pixels.shape[1]] = pixels
+    out = np.zeros((height, width, 4), np.uint8)
+    inside = out[: pixels.shape[0], : pixels.shape[1]]
+    inside[..., :3] = pixels
+    inside[..., 3] = 255 if seen is None else np.where(seen, 255, 0)
     return out
 
 
@@ -124,6 +125,7 @@ def save_raster(path: Path, pixels: NDArray, valid: NDArray[np.bool_] | None,
         tags: metadata.
     """
     import rasterio
+    from rasterio.io import MemoryFile
 
     nodata = profile["nodata"]
     if valid is not None:
@@ -137,12 +139,14 @@ def save_raster(path: Path, pixels: NDArray, valid: NDArray[np.bool_] | None,
     }  # fmt: skip
     if min(height, width) >= _BLOCK:
         profile |= {"tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK}
-    with replacing(path) as temporary, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), quiet():
-        with rasterio.open(temporary, "w", **profile) as target:
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), quiet(), MemoryFile() as memory:
+        with memory.open(**profile) as target:
             target.write(pixels)
             target.update_tags(**tags)
             if valid is not None and nodata is None and not valid.any(0).all():
                 target.write_mask(valid.any(0))
+        with replacing(path) as temporary:  # on a full disk rasterio would close a damaged file
+            temporary.write_bytes(memory.getbuffer())
 
 
 def _unused(pixels: NDArray, valid: NDArray[np.bool_]) -> int | float:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from co2s_fast.data.files import replacing
 from co2s_fast.data.imagery import Imagery
 from co2s_fast.data.validation import val_size
+from co2s_fast.data.writing import replacing
 from co2s_fast.engine.inference import BOTH, chosen_students
 from co2s_fast.engine.launch import device_of
 from co2s_fast.engine.log import say

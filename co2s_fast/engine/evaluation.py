@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from co2s_fast.data.catalogue import IGNORE
-from co2s_fast.data.files import write_text
+from co2s_fast.data.writing import write_text
 from co2s_fast.engine import panels as pictures
 from co2s_fast.engine.inference import (
     BOTH,

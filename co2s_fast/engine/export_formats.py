@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from co2s_fast.data.writing import naming
 from co2s_fast.engine.sliding_window import upsample
 from co2s_fast.errors import UsageError
 
@@ -139,7 +141,10 @@ def write_pt2(
     program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, Any]
 ) -> None:
     """A file for `torch.export.load`, with `metadata` as the extra file `co2s_fast.json`."""
-    torch.export.save(program, path, extra_files={EXTRA_FILE: json.dumps(metadata, indent=1)})
+    content = io.BytesIO()  # on a full disk torch's own writer would abort the process
+    torch.export.save(program, content, extra_files={EXTRA_FILE: json.dumps(metadata, indent=1)})
+    with naming(path):
+        path.write_bytes(content.getbuffer())
 
 
 def run_onnx(path: Path) -> Runner:

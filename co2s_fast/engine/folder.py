@@ -15,6 +15,9 @@ from co2s_fast.engine.log import METRICS_FILE, say
 from co2s_fast.engine.runs import checkpoint_folder
 from co2s_fast.errors import UsageError
 
+EVALUATION_FILE = "eval.json"
+"""Scores of the best checkpoint, once training has ended."""
+
 RUN_LOCK = ".train.lock"
 """Stays in the run folder; what counts is whether a process holds it."""
 

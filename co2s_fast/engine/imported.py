@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from co2s_fast.data.catalogue import load_dataset
-from co2s_fast.data.files import write_text
+from co2s_fast.data.writing import write_text
 from co2s_fast.engine import checkpoint
 from co2s_fast.engine.compat import describe_compat
 from co2s_fast.engine.config import (

@@ -17,7 +17,7 @@ from co2s_fast.engine.checkpoint import STATE_FILE
 from co2s_fast.engine.compat import describe_compat
 from co2s_fast.engine.config import CONFIG_FILE, load_config, read_run_config
 from co2s_fast.engine.evaluation import BOTH, evaluate, wanted_predictions, write_evaluation
-from co2s_fast.engine.folder import holds_run
+from co2s_fast.engine.folder import EVALUATION_FILE, holds_run
 from co2s_fast.engine.log import say
 from co2s_fast.engine.memory import with_fewer_windows
 from co2s_fast.engine.metrics import format_table
@@ -26,7 +26,6 @@ from co2s_fast.engine.outputs import check_writable, parse_shard
 from co2s_fast.engine.runs import checkpoint_folder, checkpoint_step, load_run
 from co2s_fast.errors import UsageError
 
-EVALUATION_FILE = "eval.json"
 PANELS_FOLDER = "panels"
 
 
@@ -44,6 +43,8 @@ def train_from_options(
 ) -> Path | None:
     """`co2s-fast train`: put the configuration together and train it.
 
+    A run that is resumed keeps its settings: they take the recipe's place where none is given.
+
     Returns:
         The run folder where there is something to show: not after a dry run, and only in the first
         of several processes.
@@ -53,13 +54,18 @@ def train_from_options(
     """
     from co2s_fast.engine.trainer import train
 
-    config = load_config(recipe, overrides, nested_options(options), compat)
+    nested = nested_options(options)
+    if recipe is None and (resume or resume_if_exists):
+        folder = nested.get("out") or load_config(None, overrides, nested, compat).folder
+        if holds_run(folder):
+            recipe, nested["out"] = str(folder / CONFIG_FILE), folder
+    config = load_config(recipe, overrides, nested, compat)
     changes = [f"students.{name}.weights={pretrained / name}.safetensors"
                for name in config.students if pretrained is not None]  # fmt: skip
     changes += [f"students.{name}.trainable={trainable}"
                 for name in config.students if trainable is not None]  # fmt: skip
     if changes:
-        config = load_config(recipe, [*overrides, *changes], nested_options(options), compat)
+        config = load_config(recipe, [*overrides, *changes], nested, compat)
     first = int(os.environ.get("RANK", "0")) == 0  # set by torchrun
     if config.compat is not None and first:
         say("\n".join(describe_compat(config, config.compat)))
@@ -97,12 +103,16 @@ def options_of_each(seeds: str | None, options: dict[str, Any]) -> list[dict[str
         base = load_config(options["recipe"], options["overrides"], nested_options(options),
                            options.get("compat")).folder
     folders = [base / f"seed-{part}" for part in parts]
+    recipes = [options["recipe"]] * len(parts)
     if options["resume"]:
-        if not any((folder / CONFIG_FILE).is_file() for folder in folders):
+        begun = [file for folder in folders if (file := folder / CONFIG_FILE).is_file()]
+        if not begun:
             raise UsageError(f"--resume: {base} holds no run of these seeds")
-        options = {**options, "resume": False, "resume_if_exists": True}  # later ones begin
-    return [{**options, "seed": int(part), "out": folder}
-            for part, folder in zip(parts, folders, strict=True)]
+        options = {**options, "resume": False, "resume_if_exists": True}
+        if options["recipe"] is None:  # later ones begin, with the settings of those before
+            recipes = [None if holds_run(folder) else str(begun[0]) for folder in folders]
+    return [{**options, "seed": int(part), "out": folder, "recipe": recipe}
+            for part, folder, recipe in zip(parts, folders, recipes, strict=True)]
 
 
 def pretrain_from_options(
@@ -190,7 +200,10 @@ def evaluate_run(
         report = run / f"eval-{other.name}.json"
     if student == "all":
         check_writable(run)
-    images = open_split(data, spec, "evaluate").val
+    about = checkpoint_step(run, checkpoint)
+    # Imported students have trained on none of the images, so any split will do.
+    images = open_split(data, spec, "evaluate", make=about["step"] == 0 or None).val
+    root = find_root(data, spec)
     own = report.name == EVALUATION_FILE
     panels = run / PANELS_FOLDER if student == "all" and own else None
     items = val_dataset(images, spec, data)
@@ -198,14 +211,14 @@ def evaluate_run(
         results, settings = with_fewer_windows(
             lambda changed: evaluate(students, items, spec, changed, device, panels=panels),
             settings)  # fmt: skip
-    about = checkpoint_step(run, checkpoint)
     if student == "all":
         write_evaluation(
             report, results, spec, settings, checkpoint=checkpoint, step=about["step"],
             epoch=about["epoch"], images=len(images), compat=config.compat,
-            root=str(find_root(data, spec)), split=None if split is None else str(split),
+            root=str(root), split=None if split is None else str(split),
         )  # fmt: skip
     head = f"{run}, {checkpoint} checkpoint (step {about['step']}), {len(images)} images"
+    head += "" if data == config.data else f" of {root}"
     lines = [head, *(describe_compat(config, compat) if compat else [])]
     return "\n".join([*lines, format_table(results)])
 
@@ -237,7 +250,7 @@ def predict_run(
 
     Images are brought to the scale of the dataset's tiles first (`tile.scale` of its description),
     unless `scale` says otherwise; validation images are tiles already. Maps that this checkpoint
-    has made with the same settings are kept, unless `overwrite`.
+    has made of the same images with the same settings are kept, unless `overwrite`.
 
     Raises:
         UsageError: neither images nor `validation` are given, or both.

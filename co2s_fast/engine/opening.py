@@ -21,9 +21,9 @@ from co2s_fast.engine.config import (
     differences,
     read_run_config,
 )
-from co2s_fast.engine.folder import holds_run
-from co2s_fast.engine.log import say
-from co2s_fast.engine.runs import check_classes, checkpoint_folder
+from co2s_fast.engine.folder import EVALUATION_FILE, holds_run
+from co2s_fast.engine.log import METRICS_FILE, read_metrics, say
+from co2s_fast.engine.runs import check_classes, checkpoint_folder, read_spec
 from co2s_fast.errors import DataError, UsageError
 
 RESUMED = {"best", "window", "collapse", "optimizer", "rng"}
@@ -109,15 +109,50 @@ def state_to_resume(config: RunConfig, spec: DatasetSpec, *, resume: bool,
                              "or another --out")
         return None
     if not can_resume(config.folder):
+        if there and not dry_run:
+            _check_that_none_is_lost(config.folder)
+            say(f"{config.folder}: no checkpoint to go on from yet, beginning at step 0")
         return None
     last = checkpoint_folder(config.folder, "last")
     state = checkpoint.read_state(last)
     check_classes(state, spec, last)
     check_progress(state, last)
-    changed = differences(read_run_config(config.folder), config)
+    before = read_run_config(config.folder)
+    changed = differences(_where_data_is_now(before, config, spec, state), config)
     if changed and state["step"] > 0:  # of an imported checkpoint, nothing has been computed yet
         raise UsageError(f"--resume: cannot continue {config.folder}: {'; '.join(changed)}")
     return state
+
+
+def _check_that_none_is_lost(folder: Path) -> None:
+    """To begin anew would remove what a run has come to.
+
+    Of one evaluation there may be no checkpoint: the disk was full.
+
+    Raises:
+        UsageError: the run was evaluated more often, so a checkpoint was there, or it is finished.
+    """
+    log = folder / METRICS_FILE
+    records = read_metrics(log) if log.is_file() else []
+    steps = [record["step"] for record in records if record.get("kind") == "eval"]
+    if len(steps) > 1 or (steps and (folder / EVALUATION_FILE).is_file()):
+        last = checkpoint_folder(folder, "last")
+        raise UsageError(f"--resume: {folder} was trained to step {steps[-1]}, but {last} has no "
+                         f"{checkpoint.STATE_FILE}; put it back, or begin anew in another --out")
+
+
+def _where_data_is_now(before: RunConfig, now: RunConfig, spec: DatasetSpec,
+                       state: dict[str, Any]) -> RunConfig:
+    """`before` with the paths that `now` has, where they lead to the same dataset and lists.
+
+    Whether the lists are the same is seen from their digests; see `check_lists`.
+    """
+    paths: dict[str, Any] = {}
+    if before.data.dataset != now.data.dataset and read_spec(now.folder, before) == spec:
+        paths["dataset"] = now.data.dataset
+    if None not in (before.data.split, now.data.split) and "lists" in state:
+        paths["split"] = now.data.split
+    return before.model_copy(update={"data": before.data.model_copy(update=paths)})
 
 
 def check_progress(state: dict[str, Any], folder: Path) -> None:

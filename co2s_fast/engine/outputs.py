@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from co2s_fast.data.rasters import open_source
 from co2s_fast.engine.polygons import SUFFIX, read_polygons_signature
 from co2s_fast.engine.scenes import PICTURES, RASTERS, VIRTUAL, is_raster, read_signature
 from co2s_fast.errors import DataError, UsageError
+
+_SAMPLES, _SAMPLE = 8, 64 << 10  # how many of a file, and of how many bytes
+_WRITTEN_BY_VIEWERS = (".aux.xml", ".ovr")  # statistics and overviews beside an image
 
 
 def find_images(images: Iterable[str | Path]) -> list[Path]:
     """Files named by paths, folders and glob patterns, without repeats, in the given order.
 
-    Of a folder hidden files are left out, as patterns leave them out.
+    Of a folder hidden files are left out, as patterns leave them out, and so are maps and what
+    else `predict` has written there.
     """
     found: list[Path] = []
     for entry in images:
@@ -23,9 +29,13 @@ def find_images(images: Iterable[str | Path]) -> list[Path]:
         if path.is_dir():
             inside = [p for p in sorted(path.iterdir())
                       if p.suffix.lower() in PICTURES + RASTERS and not p.name.startswith(".")]
+            made = {p for p in inside if p.suffix.lower() in (".png", ".tif") and read_signature(p)}
+            inside = [p for p in inside if p not in made]
             if not inside:
                 kinds = " ".join(PICTURES + RASTERS)
-                raise DataError(f"{path}: expected images ({kinds}), found none in the folder")
+                found_there = "nothing but what `predict` has made" if made else "none"
+                raise DataError(f"{path}: expected images ({kinds}), found {found_there} in the "
+                                "folder")
             found += inside
         elif path.exists() or not glob.has_magic(str(path)):
             if not path.is_file():
@@ -115,14 +125,52 @@ def files_of(target: Path, kinds: Sequence[str]) -> list[Path]:
     return [target, *(beside(target, kind) for kind in kinds)]
 
 
-def finished(targets: Sequence[Path], kinds: Sequence[str], signature: str, *,
+def identity(image: Path) -> str:
+    """A short name for what an image shows and where, the same wherever the file lies.
+
+    Times do not count, as copies have others. Files of any size are not read as a whole: their
+    sizes count and eight parts of each, the first and the last among them. A raster's are all that
+    it consists of (sources of a VRT, world files, masks); its place and nodata count, too.
+    """
+    found = hashlib.sha256()
+    for part in _parts_of_raster(image) if is_raster(image) else _samples(image):
+        found.update(part)
+    return found.hexdigest()[:32]
+
+
+def _parts_of_raster(image: Path) -> Iterator[bytes]:
+    with open_source(image) as source:
+        header = source.transform[:6], str(source.crs), source.nodatavals
+        files = [path for path in map(Path, source.files) if path.is_file()]
+    yield repr(header).encode()
+    for path in files:
+        if path.suffix.lower() in VIRTUAL and not path.samefile(image):
+            yield from _parts_of_raster(path)
+        elif not path.name.lower().endswith(_WRITTEN_BY_VIEWERS):
+            yield from _samples(path)
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    """Size and content of a file, of a large one `_SAMPLES` parts at equal distances."""
+    size = path.stat().st_size
+    yield f"{size} ".encode()
+    with path.open("rb") as file:
+        if size <= _SAMPLES * _SAMPLE:
+            yield file.read()
+            return
+        for number in range(_SAMPLES):
+            file.seek((size - _SAMPLE) * number // (_SAMPLES - 1))
+            yield file.read(_SAMPLE)
+
+
+def finished(owners: Mapping[Path, Path], kinds: Sequence[str], signature: Callable[[Path], str], *,
              overwrite: bool, polygons: bool) -> set[Path]:
-    """The maps that are there with all that goes beside them, made by the same run and settings.
+    """The maps that are there with all that goes beside them, made as they would be made now.
 
     Args:
-        targets: from `targets_in`.
+        owners: the image of each map, see `targets_in`.
         kinds: of the rasters beside each map.
-        signature: of run and settings.
+        signature: of the run, the settings and an image.
         overwrite: whatever is there is replaced.
         polygons: GeoPackages are written, too; a map that lacks its own is finished nonetheless.
 
@@ -132,7 +180,7 @@ def finished(targets: Sequence[Path], kinds: Sequence[str], signature: str, *,
     if overwrite:
         return set()
     done = set()
-    for target in targets:
+    for target, source in owners.items():
         found = {path: read_signature(path) for path in files_of(target, kinds)}
         if polygons:
             package = target.with_suffix(SUFFIX)
@@ -141,7 +189,8 @@ def finished(targets: Sequence[Path], kinds: Sequence[str], signature: str, *,
         if foreign:
             raise UsageError(f"{foreign[0]}: is there, and `predict` has not made it; choose "
                              "another output folder, or replace it (--overwrite)")
-        if all(found[path] == signature for path in files_of(target, kinds)):
+        made = {found[path] for path in files_of(target, kinds)}
+        if None not in made and made == {signature(source)}:
             done.add(target)
     return done
 

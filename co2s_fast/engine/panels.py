@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from co2s_fast.data.catalogue import IGNORE
-from co2s_fast.data.files import replacing
 from co2s_fast.data.stretching import as_bytes
+from co2s_fast.data.writing import replacing
 
 MAX_SIDE = 512
 CANDIDATES = 64

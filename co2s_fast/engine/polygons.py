@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from co2s_fast.data.catalogue import IGNORE
-from co2s_fast.data.files import replacing
 from co2s_fast.data.rasters import open_source
+from co2s_fast.data.writing import remove_leftovers, replacing
 from co2s_fast.engine.scenes import SIGNATURE, is_raster
-from co2s_fast.errors import UsageError
+from co2s_fast.errors import DataError, UsageError
 
 SUFFIX = ".gpkg"
 _BATCH = 10_000  # features handed to the writer at once
@@ -65,12 +65,16 @@ def write_polygons(labels: Path, class_names: Sequence[str], signature: str = ""
 
     Returns:
         The GeoPackage's path.
+
+    Raises:
+        DataError: it cannot be written.
     """
     import fiona
     import rasterio
 
     require_fiona()
     target = labels.with_suffix(SUFFIX)
+    remove_leftovers(target)
     schema = {"geometry": "Polygon", "properties": {"class_id": "int", "class_name": "str"}}
     with replacing(target) as temporary, rasterio.open(labels) as source:
         # fiona tells the format of a GeoPackage by its suffix
@@ -80,7 +84,7 @@ def write_polygons(labels: Path, class_names: Sequence[str], signature: str = ""
         if system:
             options["crs_wkt"] = system.to_wkt()
         try:
-            with fiona.open(scratch, "w", **options) as layer:
+            with _writing(target), fiona.open(scratch, "w", **options) as layer:
                 layer.update_tags({SIGNATURE: signature})
                 batch: list[dict[str, Any]] = []
                 for feature in _features(source, transform, class_names):
@@ -93,6 +97,21 @@ def write_polygons(labels: Path, class_names: Sequence[str], signature: str = ""
         finally:
             scratch.unlink(missing_ok=True)
     return target
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what GDAL says of a GeoPackage that cannot be written into a DataError that names it."""
+    from fiona._err import CPLE_BaseError
+    from fiona.errors import FionaError
+
+    try:
+        yield
+    except (FionaError, CPLE_BaseError, RuntimeError) as error:  # as fiona lets GDAL's through
+        said = error.args[-1] if error.args else error
+        text = said.decode() if isinstance(said, bytes) else str(said)
+        reason = " ".join(text.partition(" Failed to write record")[0].split())
+        raise DataError(f"{path}: cannot be written: {reason} (is the disk full?)") from error
 
 
 def read_polygons_signature(labels: Path) -> str | None:

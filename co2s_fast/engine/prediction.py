@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from co2s_fast.data.catalogue import IGNORE, DatasetSpec
 from co2s_fast.data.config import DataConfig
+from co2s_fast.data.survey import misnamed
 from co2s_fast.data.validation import val_size
 from co2s_fast.engine.inference import (
     EvalConfig,
@@ -30,18 +31,20 @@ from co2s_fast.engine.inference import (
     fuse,
     image_logits,
 )
+from co2s_fast.engine.log import say
 from co2s_fast.engine.memory import with_fewer_windows
 from co2s_fast.engine.outputs import (
     beside,
     check_writable,
     find_images,
     finished,
+    identity,
     names_file,
     take_shard,
     targets_in,
 )
 from co2s_fast.engine.polygons import check_polygons, read_polygons_signature, write_polygons
-from co2s_fast.engine.scenes import PLAIN, Picture, Scene, open_scene, size_of
+from co2s_fast.engine.scenes import PLAIN, Picture, Scene, is_raster, open_scene, size_of
 from co2s_fast.engine.sliding_window import Blend, Window, stream
 from co2s_fast.errors import UsageError
 
@@ -64,8 +67,8 @@ class Outputs:
         polygons: `a.gpkg` for a GeoTIFF, see `write_polygons`.
         shard: (i, n) takes the i-th of n shares of the images, for several machines.
         overwrite: True does again what is there already, and replaces files of others.
-        signature: of the run and its weights; with the settings it tells whether a map that is
-            there is the one asked for. Empty: nothing there counts as done.
+        signature: of the run and its weights; with the settings and the image it tells whether a
+            map that is there is the one asked for. Empty: nothing there counts as done.
     """
 
     overlay: bool = False
@@ -102,7 +105,8 @@ def predict(
     of its image and 255 where that has no data. Images larger than the crop go through in
     overlapping windows, a row of windows at a time and wide ones in strips, so memory grows with
     neither height nor width of a GeoTIFF. A map takes its name only when it is complete; given
-    again, the call passes over the maps that are, but for polygons that they lack.
+    again, the call passes over the maps that are, but for polygons that they lack. A map of another
+    image, or of what the image was before it was edited, is made again.
 
     Args:
         students: name -> network, [B,C,H,W] in, logits [B,K,h,w] out.
@@ -141,6 +145,13 @@ def predict(
     imagery = spec if isinstance(spec, DatasetSpec) else PLAIN
     sizes = [size_of(source, imagery) for source, _ in work.left]  # tells what is missing now
     megapixels = [height * width / 1e6 for height, width in sizes]
+    if isinstance(spec, DatasetSpec) and spec.band_names is not None:
+        notes = (misnamed(source, spec) for source, _ in work.left if is_raster(source))
+        if note := next(filter(None, notes), None):
+            say(note)
+    if kept := len(work.targets) - len(work.left):
+        say(f"maps: {kept} of {len(work.targets)} were there already and are kept (--overwrite "
+            "makes them again)")  # fmt: skip
     bar = tqdm(total=sum(megapixels), desc="predict", unit="MP", disable=not progress,
                bar_format=BAR)  # fmt: skip
 
@@ -151,22 +162,22 @@ def predict(
         with open_scene(source, scale, imagery) as scene:
             maps = maps_of(running, scene, config, spec, data, device, blend, scale)
             share = size / (scene.height * scene.width)
-            for pixels in _write(scene, maps, target, spec, outputs, work.signature):
+            for pixels in _write(scene, maps, target, spec, outputs, work.signature(source)):
                 bar.update(min(pixels * share, bar.total - bar.n))  # sums of floats
 
-    def make_polygons(target: Path) -> None:
+    def make_polygons(source: Path, target: Path) -> None:
         bar.set_postfix_str(f"{target.name}: polygons")
-        write_polygons(target, spec.class_names, work.signature)
+        write_polygons(target, spec.class_names, work.signature(source))
 
     with bar, evaluating(running, config, device):
-        for target in work.without_polygons:
-            make_polygons(target)
+        for source, target in work.without_polygons:
+            make_polygons(source, target)
         for (source, target), size in zip(work.left, megapixels, strict=True):
             bar.set_postfix_str(source.name, refresh=False)
             make = partial(make_map, source, target, size, bar.n)
             _, config = with_fewer_windows(make, config)
             if outputs.polygons:
-                make_polygons(target)
+                make_polygons(source, target)
     return work.targets
 
 
@@ -177,14 +188,14 @@ class _Work:
     Attributes:
         targets: every map of this machine's share of the images, in their order.
         left: images and the maps that they still lack.
-        without_polygons: maps that are there, yet not their polygons.
-        signature: written into each map.
+        without_polygons: images whose maps are there, yet not their polygons.
+        signature: what is written into the map of an image.
     """
 
     targets: list[Path]
     left: list[tuple[Path, Path]]
-    without_polygons: list[Path]
-    signature: str
+    without_polygons: list[tuple[Path, Path]]
+    signature: Callable[[Path], str]
 
 
 def _plan(images: Iterable[str | Path], out_dir: Path, outputs: Outputs, settings: Any) -> _Work:
@@ -196,12 +207,19 @@ def _plan(images: Iterable[str | Path], out_dir: Path, outputs: Outputs, setting
     if outputs.polygons:
         check_polygons(sources)
     check_writable(out_dir.parent if names_file(out_dir) else out_dir)
-    signature = digest(outputs.signature, settings) if outputs.signature else UNSIGNED
-    kept = finished(targets, outputs.kinds, signature, overwrite=outputs.overwrite,
+
+    @cache
+    def signature(source: Path) -> str:
+        if not outputs.signature:
+            return UNSIGNED
+        return digest(outputs.signature, [settings, identity(source)])
+
+    owners = dict(zip(targets, sources, strict=True))
+    kept = finished(owners, outputs.kinds, signature, overwrite=outputs.overwrite,
                     polygons=outputs.polygons)  # fmt: skip
     kept = kept if outputs.signature else set()
-    bare = [target for target in sorted(kept) if outputs.polygons
-            and read_polygons_signature(target) != signature]  # fmt: skip
+    bare = [(owners[target], target) for target in sorted(kept) if outputs.polygons
+            and read_polygons_signature(target) != signature(owners[target])]  # fmt: skip
     left = [(s, t) for s, t in zip(sources, targets, strict=True) if t not in kept]
     return _Work(targets, left, bare, signature)
 

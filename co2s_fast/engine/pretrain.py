@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from co2s_fast.data import Batch, build_loader, open_dataset, open_split
 from co2s_fast.data.catalogue import IGNORE
-from co2s_fast.data.files import replacing, write_text
+from co2s_fast.data.writing import replacing, write_text
 from co2s_fast.engine.bands import fit_students
 from co2s_fast.engine.config import PretrainConfig, RunConfig
 from co2s_fast.engine.log import say

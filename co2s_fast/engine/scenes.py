@@ -2,13 +2,12 @@
 
 PNG and JPEG are held in memory; a GeoTIFF (VRT, JPEG 2000, ...) of any size passes through window
 by window, and its map is a cloud-optimised GeoTIFF that keeps its coordinate system, transform (or
-ground control points) and nodata. Every map carries the signature of what made it, so that finished
-ones are recognised.
+ground control points, or rational polynomials) and nodata. Every map carries the signature of what
+made it, so that finished ones are recognised.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,11 @@ from PIL import Image, PngImagePlugin
 
 from co2s_fast.data import rasters
 from co2s_fast.data.catalogue import IGNORE
-from co2s_fast.data.files import load_picture, open_image, replacing
+from co2s_fast.data.files import load_picture, open_image
 from co2s_fast.data.imagery import Imagery, PlainImages
 from co2s_fast.data.stretching import as_bytes, check_type, stretched
 from co2s_fast.data.validation import resize_plain
+from co2s_fast.data.writing import gdal_sidecar, remove_leftovers, replacing, temporary_for
 from co2s_fast.engine.panels import indexed
 from co2s_fast.engine.sliding_window import Window
 from co2s_fast.errors import DataError
@@ -156,6 +156,7 @@ class Picture:
         image = Image.fromarray(flat) if palette is None else indexed(flat, palette, (0, 0, 0))
         info = PngImagePlugin.PngInfo()
         info.add_text(SIGNATURE, signature)
+        remove_leftovers(path)
         with replacing(path) as temporary:
             image.save(temporary, format="PNG", pnginfo=info)
 
@@ -206,11 +207,13 @@ class Raster:
         with rasters.reading(self.path):
             values = self._source.read(raster.bands, window=box, out_shape=shape,
                                        resampling=self._resampling)
-            masks = None if raster.is_complete else self._source.read_masks(
-                raster.bands, window=box, out_shape=shape)
+            masks = raster.masks(box, shape[1:])
             # A mean of numbers says no longer which were missing: the nearest one does.
-            nearest = values if plain or raster.is_complete else self._source.read(
+            alone = plain or (raster.is_complete and raster.false_alpha is None)
+            nearest = values if alone else self._source.read(
                 raster.bands, window=box, out_shape=shape, resampling=Resampling.nearest)
+            if nearest is not values:
+                values = self._unblended(values, nearest, box)
         valid = raster.check(nearest, masks)
         if nearest is not values and values.dtype.kind == "f":  # a mean of NaN and a number
             known = np.isfinite(values)
@@ -218,6 +221,25 @@ class Raster:
         if raster.palette is not None:
             values = raster.palette[values[0]].transpose(2, 0, 1)
         return values, valid
+
+    def _unblended(self, values: NDArray, nearest: NDArray, box: Any) -> NDArray:
+        """Means, the nearest number in the place of those that GDAL takes of the wrong pixels.
+
+        It leaves out those whose alpha is 0 although that is data, and takes those in whose alpha
+        it does not heed.
+        """
+        from rasterio.enums import Resampling
+
+        raster = self._raster
+        if raster.false_alpha is not None:
+            hidden = nearest[raster.bands.index(raster.false_alpha)] == 0
+            values = np.where(hidden, nearest, values)
+        if raster.alpha is not None:
+            mean, one = (self._source.read(raster.alpha, window=box, out_shape=values.shape[1:],
+                                           resampling=kind)
+                         for kind in (self._resampling, Resampling.nearest))
+            values = np.where(mean != one, nearest, values)
+        return values
 
     @contextmanager
     def create(
@@ -246,11 +268,14 @@ class Raster:
             "driver": "COG", "COMPRESS": "DEFLATE", "BIGTIFF": "IF_SAFER",
             "OVERVIEW_RESAMPLING": "AVERAGE" if palette is None else "NEAREST",
         }  # fmt: skip
-        with replacing(path) as temporary, _scratch(path) as parts:
+        remove_leftovers(path)
+        with replacing(path) as temporary, _scratch(path) as parts, rasters.writing(path):
             with rasters.quiet(), rasterio.open(parts, "w", **profile) as target:
                 points, points_crs = source.gcps
                 if points:
                     target.gcps = ([self._moved(point) for point in points], points_crs)
+                if polynomials := source.tags(ns="RPC"):
+                    target.update_tags(ns="RPC", **self._moved_polynomials(polynomials))
                 if palette is not None:
                     target.write_colormap(1, {k: (*rgb, 255) for k, rgb in enumerate(palette)})
                 target.update_tags(**{SIGNATURE: signature})
@@ -280,15 +305,26 @@ class Raster:
             point.row / self._down, point.col / self._across, point.x, point.y, point.z
         )
 
+    def _moved_polynomials(self, tags: dict[str, str]) -> dict[str, str]:
+        """Rational polynomial coefficients on this scene's grid; 0 is the centre of a pixel."""
+        moved = dict(tags)
+        for name, factor in (("LINE", self._down), ("SAMP", self._across)):
+            if factor != 1:
+                offset, scale = float(tags[f"{name}_OFF"]), float(tags[f"{name}_SCALE"])
+                moved[f"{name}_OFF"] = str((offset + 0.5) / factor - 0.5)
+                moved[f"{name}_SCALE"] = str(scale / factor)
+        return moved
+
 
 @contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
     """A hidden path beside `path` whose file is gone at the end of the block."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.parts")
+    scratch = temporary_for(path, "parts")
     try:
         yield scratch
     finally:
-        scratch.unlink(missing_ok=True)
+        for each in (scratch, gdal_sidecar(scratch)):
+            each.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from co2s_fast import ops
 from co2s_fast.data import Batch, open_dataset, open_split, steps_per_epoch
 from co2s_fast.data.damage import Damaged
-from co2s_fast.data.files import write_text
 from co2s_fast.data.imbalance import class_weights, labeled_pixels
 from co2s_fast.data.loader import build_loader, check_batches, choose_loader
 from co2s_fast.data.splits import find_root
 from co2s_fast.data.validation import val_dataset
+from co2s_fast.data.writing import write_text
 from co2s_fast.engine import checkpoint, distributed, memory, start
 from co2s_fast.engine.averages import Averages
 from co2s_fast.engine.bands import fit_students
@@ -146,7 +146,7 @@ class Trainer:
     def _setup_data(self, resume: bool) -> None:
         data = self.config.data
         use = "resume" if resume and can_resume(self.folder) else "train"
-        self.spec = open_dataset(data)
+        self.spec = open_dataset(data, self.folder / SPEC_FILE if resume else None)
         self.loader = choose_loader(data, self.device, self.spec)
         self.config = fit_students(self.config, self.spec)
         if self.ranks.is_main:  # the first process may generate data or write a split

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from co2s_fast.data.files import replacing
+from co2s_fast.data.writing import replacing
 from co2s_fast.engine.attention import Attention
 from co2s_fast.models.attention_maps import AttentionMaps
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from co2s_fast.data.files import write_text
+from co2s_fast.data.writing import write_text
 from co2s_fast.engine.config import RESUMABLE
 from co2s_fast.errors import UsageError
 from co2s_fast.report.page import render
@@ -45,10 +45,13 @@ def write_comparison(runs: Sequence[str | Path], out: str | Path) -> Path:
         `out`.
 
     Raises:
-        UsageError: no run is given or one is no run folder. DataError: a file is damaged.
+        UsageError: no run is given, one is no run folder, or `out` is a folder.
+        DataError: a file is damaged.
     """
     if not runs:
         raise UsageError("compare: expected at least one run folder, got none")
+    if Path(out).is_dir():
+        raise UsageError(f"-o {out}: is a folder, expected the name of an HTML file")
     opened = [read_run(run) for run in dict.fromkeys(Path(run) for run in runs)]
     groups, differing = grouped(opened)
     names = _predictions(opened)

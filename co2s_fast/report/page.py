@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from co2s_fast.data.files import write_text
+from co2s_fast.data.writing import write_text
 from co2s_fast.engine.metrics import RULES, Metrics, percent
 from co2s_fast.engine.panels import DISAGREEMENT, UNLABELLED_COLOR, Panel
 from co2s_fast.report.figures import figures

@@ -6,7 +6,7 @@ import csv
 import io
 from pathlib import Path
 
-from co2s_fast.data.files import write_text
+from co2s_fast.data.writing import write_text
 from co2s_fast.engine.log import scalars
 from co2s_fast.report.run import Run
 

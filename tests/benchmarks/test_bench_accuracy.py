@@ -182,6 +182,14 @@ def test_a_run_may_be_stopped_at_an_evaluation(tmp_path) -> None:
     assert accuracy.run_until([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 5) == 3
 
 
+def test_training_runs_where_the_user_is(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    code = "import benchmarks, co2s_fast, pathlib; assert pathlib.Path('mine.yaml').is_file()"
+    assert accuracy.run_command([sys.executable, "-c", code]) == 0
+    assert accuracy.run_command([sys.executable, "-c", "raise SystemExit(2)"]) == 2
+
+
 def test_stopped_runs_say_so(run, tmp_path, training, monkeypatch, accuracy_schema) -> None:
     monkeypatch.setattr(accuracy, "run_until", lambda command, folder, step: training(command))
     assert run("--until", "10").exit_code == 0

@@ -174,6 +174,11 @@ def test_bad_bound_is_a_usage_error():
     assert run.exit_code == 2 and "expected a number" in run.output
 
 
+def test_an_unknown_provider_is_not_left_out():
+    run = CliRunner().invoke(throughput.main, ["--section", "cutmix", "--without", "eagre"])
+    assert run.exit_code == 2 and "--without eagre: expected one of cpp, cuda, eager" in run.output
+
+
 def test_load_refuses_other_files(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("[]")

@@ -72,6 +72,8 @@ tile: {sise: 128}
      "mask value 0 is used twice"),
     ("name: x\nclasses: [{name: a, color: [1, 1, 1]}, {name: b, color: [2, 2, 2]}]\n"
      "mask: {encoding: color, ignore: [7]}", "needs colours"),
+    ("name: x\nclasses: [{name: no, color: [1, 1, 1]}, {name: null, color: [2, 2, 2]}]",
+     r"found False \(words like no or null, .* quotes only\); .*1\.name.*found None \(words"),
 ])
 def test_wrong_descriptions(tmp_path, text, expected):
     with pytest.raises(UsageError, match=expected):

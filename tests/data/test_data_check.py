@@ -182,3 +182,11 @@ def test_groups_in_both_lists_are_warned_about(tmp_path):
     report = check_dataset(root, spec, progress=False)
     assert any("1 groups are in both training and validation, for example a/1" in w
                for w in report.warnings)
+
+
+def test_a_class_called_ignored_keeps_its_pixels(tmp_path):
+    raw = write_raw(tmp_path / "raw", ["a/1"])
+    classes = [{"name": "land", "color": [200, 100, 0]}, {"name": "ignored", "color": [0, 0, 200]}]
+    prepare_dataset(two_classes(classes=classes), raw, tmp_path / "toy", progress=False)
+    report = check_dataset(tmp_path / "toy", progress=False)
+    assert report.pixels == {"land": 64 * 48, "ignored": 64 * 48, "(no class)": 0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,8 +16,10 @@ from co2s_fast.data.files import (
     decode_palette_numpy,
     load_image,
     load_label,
+    save_image,
     save_label,
 )
+from co2s_fast.data.writing import replacing
 from co2s_fast.errors import DataError
 
 
@@ -124,3 +128,14 @@ def test_deep_images_are_refused_not_squeezed(tmp_path):
     path = save(tmp_path / "i.png", np.full((4, 4), 30000, np.uint16))
     with pytest.raises(DataError, match="expected 8-bit"):
         load_image(path)
+
+
+def test_a_full_disk_is_named(tmp_path, no_room):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    with no_room(1000), pytest.raises(OSError) as found:
+        save_image(tmp_path / "a.png", noise)
+    assert found.value.filename == str(tmp_path / "a.png")
+    with pytest.raises(OSError) as found, replacing(tmp_path / "b.png"):  # as `shutil` copies
+        raise OSError(errno.ENOSPC, "No space left on device", "source.png", None, ".b.png.tmp")
+    assert found.value.filename == str(tmp_path / "b.png")
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ import rasterio
 from click.testing import CliRunner
 from PIL import Image
 from toy_data import write_raw
+from toy_rasters import rectangle, scene, write_geojson, write_tif
 
 from co2s_fast.cli import main
 from co2s_fast.data import describe, describe_folder, load_dataset, prepare_dataset
@@ -32,6 +33,9 @@ from co2s_fast.errors import DataError, UsageError
     (["a.jpg", "b.png", "mask_a.png", "mask_b.png"], "{name}.{type}", "mask_{name}.png"),
     (["x/tiles/a.png", "x/tiles/a1.png", "x/gt/a_gt.png", "x/gt/a1_gt.png"],
      "x/tiles/{name}.png", "x/gt/{name}_gt.png"),
+    (["scenes/a.tif", "scenes/b.tif", "drawn/a.gpkg"], "scenes/{name}.tif", "drawn/{name}.gpkg"),
+    (["x/a.tif", "x/b.tif", "all.gpkg"], "x/{name}.tif", "all.gpkg"),
+    (["x/a.tif", "masks/a.png", "area.gpkg"], "x/{name}.tif", "masks/{name}.png"),
     (["segmentation/a.jpg", "segmentation/a-gt.png"],  # the folder of all says nothing
      "segmentation/{name}.jpg", "segmentation/{name}-gt.png"),
 ])  # fmt: skip
@@ -134,6 +138,40 @@ def test_rasters_of_more_bands(tmp_path):
     assert (spec.tile.size, spec.crop) == (512, 512)
 
 
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_polygons(tmp_path):
+    pytest.importorskip("fiona")
+    raw = tmp_path / "raw"
+    for number, name in enumerate("abv"):
+        write_tif(raw / f"images/{name}.tif", scene(3, 48, 64, "uint8", number))
+    places = [rectangle((4, 30), (2, 40)), rectangle((10, 20), (30, 50)),
+              rectangle((40, 48), (0, 64))]
+    fields = [{"id": 1, "size": 0.5, "class": "land"}, {"id": 2, "size": 1.5, "class": "sea"},
+              {"id": 3, "size": 2.5, "class": "land"}]
+    for name in "av":
+        write_geojson(raw / f"polygons/{name}.geojson", list(zip(places, fields, strict=True)))
+    spec = described(raw, tmp_path)
+    assert (spec.mask.encoding, spec.mask.attribute) == ("polygons", "class")
+    assert spec.class_names == ["land", "sea"]
+    found = prepare_dataset(spec, raw, tmp_path / "out", progress=False)
+    assert found.labeled == 2 and found.pixels["sea"] == 2 * 10 * 20
+    (tmp_path / "mine.yaml").unlink()
+    given = {"images": "images/{scene}.tif", "labels": "all.geojson"}
+    codes = [{"id": i, "landcover_class": v} for i, v in enumerate((10, 9, 10))]
+    write_geojson(raw / "all.geojson", list(zip(places, codes, strict=True)))
+    spec = described(raw, tmp_path, **given)
+    assert [c.values for c in spec.classes] == [[9], [10]]
+    assert spec.mask.attribute == "landcover_class"
+    (tmp_path / "mine.yaml").unlink()
+    write_geojson(raw / "all.geojson", [(place, {"size": 0.5}) for place in places])
+    with pytest.raises(DataError, match=r"all\.geojson: polygons, of which no attribute has 2 to "
+                                        r"64 .* classes, found size; .*multispectral\.yaml"):
+        described(raw, tmp_path, **given)
+    (raw / "all.geojson").write_text("{")
+    with pytest.raises(DataError, match=r"all\.geojson: cannot be read as polygons"):
+        described(raw, tmp_path, **given)
+
+
 def test_templates_that_are_given(tmp_path):
     write_pairs(tmp_path / "raw", np.tile(np.uint8([0, 1]), (32, 16)))
     (tmp_path / "raw/labels").rename(tmp_path / "raw/painted")
@@ -175,6 +213,27 @@ def test_masks_without_classes(tmp_path):
     assert not list(tmp_path.glob("mine*"))
 
 
+def test_paths_with_spaces_are_quoted(tmp_path):
+    raw, out = tmp_path / "my data", tmp_path / "my mine.yaml"
+    write_pairs(raw, np.tile(np.uint8([0, 1]), (32, 16)))
+    with pytest.raises(UsageError, match=r"gives the dataset the name 'my mine'.*; give --name"):
+        describe_folder(raw / "nowhere", out, progress=False)
+    with pytest.raises(UsageError, match=r"--name 'a b', expected letters"):
+        describe_folder(raw / "nowhere", out, name="a b", progress=False)
+    said = describe_folder(raw, out, name="mine", progress=False)
+    command = f"co2s-fast data prepare '{out}' --raw '{raw}' --out data/mine"
+    assert command in said and f"#   {command}\n" in out.read_text()
+
+
+def test_masks_that_are_jpegs_are_warned_about(tmp_path):
+    write_pairs(tmp_path / "raw", np.tile(np.repeat(np.uint8([0, 200]), 16), (32, 1)))
+    for mask in (tmp_path / "raw/labels").iterdir():
+        Image.open(mask).save(mask.with_suffix(".jpg"), quality=100)
+        mask.unlink()
+    said = describe_folder(tmp_path / "raw", tmp_path / "mine.yaml", progress=False)
+    assert "warning: 3 masks are JPEGs, for example" in said
+
+
 def test_dubai(shared_dir, tmp_path):
     out = tmp_path / "dubai.yaml"
     raw = shared_dir / "data/dubai-raw"
@@ -198,3 +257,16 @@ def test_many_files_are_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr(describe, "read_mask", noted)
     assert described(tmp_path / "raw", tmp_path).num_classes == 2
     assert looked == ["0", "3", "6"]
+
+
+def test_what_is_transparent_is_no_class(tmp_path):
+    """`prepare` gives it no label."""
+    mask = np.zeros((32, 32, 4), np.uint8)
+    mask[:8, :, 3], mask[:8, :, 0] = 255, 200
+    mask[:4, :, 1] = 90
+    write_pairs(tmp_path / "raw", mask)
+    spec = described(tmp_path / "raw", tmp_path)
+    assert sorted(c.color for c in spec.classes) == [(200, 0, 0), (200, 90, 0)]
+    write_pairs(tmp_path / "hidden", mask * np.uint8([1, 1, 1, 0]))
+    with pytest.raises(DataError, match="nothing but what is transparent"):
+        described(tmp_path / "hidden", tmp_path / "b")

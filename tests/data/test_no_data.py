@@ -36,7 +36,7 @@ from co2s_fast.data import (
 )
 from co2s_fast.data.check import check_dataset
 from co2s_fast.data.dali.source import encoded_image
-from co2s_fast.data.describe import describe_folder
+from co2s_fast.data.describe import describe_folder, read_mask
 from co2s_fast.data.pixels import open_pixels
 from co2s_fast.data.splits import Split
 from co2s_fast.data.tiles import list_images
@@ -83,13 +83,20 @@ def as_colours(path, alpha):
                               ColorInterp.alpha]  # fmt: skip
 
 
-@pytest.mark.parametrize("write", [as_numbers, as_colours])
+def as_colours_with_a_number(path, alpha):
+    """Beside which GDAL does not heed alpha."""
+    as_colours(path, alpha)
+    with rasterio.open(path, "r+") as target:
+        target.nodata = 9
+
+
+@pytest.mark.parametrize("write", [as_numbers, as_colours, as_colours_with_a_number])
 def test_what_a_mask_hides_has_no_label(tmp_path, write):
     """By a mask inside the file, and by alpha."""
     raw = images(tmp_path / "raw")
     for name in "av":
         write(raw / f"masks/{name}.tif", known())
-    spec = raster_spec(mask={"encoding": "color"} if write is as_colours else {})
+    spec = raster_spec(mask={} if write is as_numbers else {"encoding": "color"})
     found = prepare(raw, tmp_path / "out", spec)
     assert found.pixels["ignored"] == 2 * 256
     assert found.pixels["sea"] == 2 * (64 * 64 - 256)
@@ -274,12 +281,12 @@ def test_images_written_otherwise_are_told_of(tmp_path):
     for name in "av":
         write_tif(raw / f"masks/{name}.tif", np.ones((1, 64, 64), np.uint8))
     assert prepare(raw, tmp_path / "out", raster_spec()).notes == []
-    for name in ("b.TIF", "c.tiff", "readme.txt"):
+    for name in ("b.tiff", "c.tiff", "readme.txt"):
         (raw / "images" / name).write_bytes((raw / "images/a.tif").read_bytes())
     found = prepare(raw, tmp_path / "other", raster_spec())
     assert found.images == 2
     assert str(found).endswith("note: 2 image files beside these match no template and are left "
-                               "out, for example images/b.TIF")
+                               "out, for example images/b.tiff")
 
 
 def test_one_small_scene_does_not_decide_the_tiles(tmp_path):
@@ -364,6 +371,7 @@ def test_masks_of_few_bits(tmp_path, bits):
     for raw in (True, False):
         found = load_label(Item("a", tmp_path / "a.png", path, raw=raw), spec)
         np.testing.assert_array_equal(found, label)
+    np.testing.assert_array_equal(read_mask(path)[0], label)  # so `describe` names what it is
 
 
 def grey_png(pixels, bits):

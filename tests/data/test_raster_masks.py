@@ -161,6 +161,26 @@ def test_values_and_other_systems_and_formats(tmp_path):
         np.testing.assert_array_equal(found[f"{name}_16_0"], burned()[16:, :32])
 
 
+@pytest.mark.parametrize("values", [[0, "sea"], ["land", 1], [True, "sea"]])
+def test_an_attribute_of_several_kinds_is_named(tmp_path, values):
+    raw = images(tmp_path / "raw")
+    polygons(raw, [(shape, {"class": v}) for (shape, _), v in zip(SHAPES, values, strict=True)])
+    with pytest.raises(DataError, match=r"a\.geojson: attribute class is text in some features"):
+        labels(raw, tmp_path / "out", raster_spec(**POLYGONS))
+
+
+def test_nan_in_a_mask_is_no_label(tmp_path):
+    raw = images(tmp_path / "raw")
+    values = classes().astype(np.float32)
+    values[:4] = np.nan
+    for name in "av":
+        write_tif(raw / f"masks/{name}.tif", values[None])
+    known = classes()
+    known[:4] = 255
+    found = labels(raw, tmp_path / "out", raster_spec())["a_0_0"]
+    np.testing.assert_array_equal(found, known[:32, :32])
+
+
 def test_all_touched_and_scale(tmp_path):
     raw = polygons(images(tmp_path / "raw"), [(rectangle((4, 8), (4.6, 12.4)), {"class": "sea"})])
     found = labels(raw, tmp_path / "centre", raster_spec(**POLYGONS))["a_0_0"]

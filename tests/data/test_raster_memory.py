@@ -15,7 +15,7 @@ from rasterio.transform import from_origin
 from rasterio.windows import Window
 from toy_rasters import POLYGONS, raster_spec, rectangle, write_geojson
 
-from co2s_fast.data.files import write_text
+from co2s_fast.data.writing import write_text
 
 SIDE, TILE = 8192, 1024
 ALLOWED = 120 << 20  # beyond the imports; the raster is 512 MiB, its mask would be 64 MiB

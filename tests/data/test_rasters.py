@@ -10,6 +10,7 @@ import rasterio
 import torch
 import yaml
 from PIL import Image
+from rasterio.errors import RasterioIOError
 from toy_rasters import CRS, NORTH, PIXEL, WEST, raster_spec, scene, write_tif
 
 from co2s_fast.data import (
@@ -20,6 +21,7 @@ from co2s_fast.data import (
     open_split,
     prepare_dataset,
     split_dataset,
+    tile_writer,
 )
 from co2s_fast.data.catalogue import change_bands, parse_dataset
 from co2s_fast.data.check import check_dataset
@@ -156,6 +158,22 @@ def test_files_must_agree(tmp_path):
     with pytest.raises(DataError, match=r"b\.tif: has 2 bands, expected 1 or at least 3"):
         prepare(raw, tmp_path / "out", raster_spec())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["descriptions", "colours"])
+def test_bands_in_another_order_are_told(tmp_path, kind):
+    raw = write_scenes(tmp_path / "raw", 3, "uint8", ("a", "b", "c", "v"), photometric="RGB")
+    prepared = prepare(raw, tmp_path / "alike", raster_spec())
+    assert not prepared.notes
+    with rasterio.open(raw / "images/b.tif", "r+") as target:
+        if kind == "colours":
+            target.colorinterp = target.colorinterp[::-1]
+        else:
+            target.descriptions = ("Blue", "Green", "Red")
+    (note,) = prepare(raw, tmp_path / "out", raster_spec()).notes
+    assert note.startswith("note: bands are taken by their numbers, yet 'red' is band 1 of ")
+    assert note.endswith(f"a.tif and band 3 of {raw}/images/b.tif")
+    assert not prepare(raw, tmp_path / "green", raster_spec(bands=[2])).notes
 
 
 @pytest.mark.parametrize("kind", ["value", "mask", "nan", "description"])
@@ -451,3 +469,29 @@ def test_the_example_is_a_description():
     spec = load_dataset(root / "examples/datasets/multispectral.yaml")
     assert spec.channels == 4 and spec.display_channels == (2, 1, 0)
     assert spec.mask.encoding == "polygons"
+
+
+def test_nodata_of_the_description_is_finite(tmp_path):
+    with pytest.raises(UsageError, match=r"raster\.nodata: expected a finite number, found inf; .*"
+                                         "NaN always count as no data"):
+        raster_spec(raster={"nodata": float("inf")})
+    raw = write_scenes(tmp_path / "raw", 4, "float32")
+    spec = raster_spec(bands=4, raster={"nodata": float("nan")})
+    assert spec.raster.nodata is None
+    prepare(raw, tmp_path / "out", spec)
+    assert prepare(raw, tmp_path / "out", spec).already
+
+
+def test_no_message_names_the_folder_of_the_meantime(tmp_path, monkeypatch):
+    def save(path, *_):
+        raise RasterioIOError("Write failed")
+
+    raw = write_scenes(tmp_path / "raw", 4, "uint16", unlabeled="abv")
+    found = prepare(raw, tmp_path / "out", raster_spec(bands=4, files=IMAGES, val=0.25))
+    (note,) = [note for note in found.notes if "no image has a label" in note]
+    assert f": {tmp_path / 'out'}: no image has a label" in note
+    monkeypatch.setattr(tile_writer, "save_raster", save)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/other/images/\w+\.tif: cannot be written: "
+                                        r"Write failed \(is the disk full\?\)"):
+        prepare(raw, tmp_path / "other", raster_spec(bands=4, files=IMAGES))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]

@@ -322,6 +322,50 @@ def test_where_data_is_looked_for(tmp_path, monkeypatch):
     assert find_root(beside, spec) == tmp_path / "mine"
 
 
+def test_no_other_folder_is_taken_for_a_prepared_one_that_is_gone(tree, tmp_path, monkeypatch):
+    root, spec = tree
+    shutil.copytree(root, tmp_path / "data/toy")
+    shutil.copytree(root, tmp_path / "store/toy")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CO2S_DATA", str(tmp_path / "store"))
+    config = DataConfig(dataset=str(root / "dataset.yaml"), labels=2, batch_size=1)
+    assert find_root(config, spec) == root
+    moved = root.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=rf"^{root}/images: missing; .*give --data-root"):
+        open_split(config, spec, "evaluate")
+    assert find_root(config.model_copy(update={"root": moved}), spec) == moved
+    own = str(tmp_path / "toy.yaml")  # a description of one's own stands anywhere
+    assert find_root(config.model_copy(update={"dataset": own}), spec) == tmp_path / "store/toy"
+
+
+def test_a_runs_own_description_takes_the_place_of_one_that_is_gone(tree, tmp_path):
+    root, spec = tree
+    (root / "dataset.yaml").rename(tmp_path / "kept.yaml")
+    config = DataConfig(dataset=str(root / "dataset.yaml"), labels=2)
+    assert open_dataset(config, tmp_path / "kept.yaml").class_names == spec.class_names
+    for kept in (None, tmp_path / "none.yaml"):
+        with pytest.raises(UsageError, match=r"toy/dataset\.yaml: No such file"):
+            open_dataset(config, kept)
+
+
+def test_evaluating_makes_no_split(tree):
+    root, spec = tree
+    said = rf"{root}/splits/1_2: missing.* `co2s-fast data split {root} --ratio 1/2 --seed 0`"
+    with pytest.raises(DataError, match=said):
+        open_split(DataConfig(root=root, ratio="1/2"), spec, "evaluate")
+    assert not (root / "splits").exists()
+    made = open_split(DataConfig(root=root, ratio="1/2"), spec, "evaluate", make=True)
+    assert names(made.val) == ["a_3", "b_3"]
+
+
+def test_ones_own_folder_without_its_dataset_is_not_to_be_removed(tree):
+    root, _ = tree
+    said = f"{root}: holds dataset 'toy', not 'demo'; give --dataset {root}/dataset.yaml"
+    with pytest.raises(DataError) as caught:
+        find_root(DataConfig(root=root), load_dataset("demo"))
+    assert str(caught.value) == said
+
+
 def test_folder_of_other_classes(tree):
     root, _ = tree
     with pytest.raises(DataError, match="was prepared for classes land, sea; dataset 'whdld' has"):

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from co2s_fast.engine import checkpoint
+from co2s_fast.engine.export_formats import write_pt2
 from co2s_fast.errors import DataError
+from co2s_fast.models.weights.files import save_tensors
 
 
 def test_a_failed_write_of_the_same_step_leaves_its_files(tmp_path, monkeypatch) -> None:
@@ -33,6 +35,24 @@ def test_a_full_disk_in_the_words_of_safetensors(tmp_path) -> None:
     error = RuntimeError("I/O error: No space left on device (os error 28)")
     said = checkpoint.write_problem(tmp_path, error)
     assert said.endswith("no space left on the disk; none is there")
+
+
+def test_writing_weights_where_there_is_no_room_is_an_error_of_the_file_system(
+    tmp_path, no_room
+) -> None:
+    with no_room(1000), pytest.raises(OSError, match="File too large") as raised:
+        save_tensors(tmp_path / "w.safetensors", {"w": torch.ones(1000)})
+    assert raised.value.errno == errno.EFBIG
+
+
+def test_an_exported_program_where_there_is_no_room(tmp_path, no_room) -> None:
+    program = torch.export.export(nn.Linear(20, 20).eval(), (torch.ones(1, 20),))
+    path = tmp_path / "a.pt2"
+    with no_room(1000), pytest.raises(OSError, match="File too large") as raised:
+        write_pt2(program, path, {"tile": 1})
+    assert raised.value.filename == str(path)
+    write_pt2(program, path, {"tile": 1})
+    assert torch.export.load(path).module()(torch.ones(1, 20)).shape == (1, 20)
 
 
 def test_weights_that_no_layer_has() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import rasterio
@@ -11,9 +16,10 @@ from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 
 from co2s_fast.data.config import DataConfig
+from co2s_fast.data.writing import temporary_for
 from co2s_fast.engine import polygons
 from co2s_fast.engine.inference import EvalConfig
-from co2s_fast.engine.outputs import find_images, parse_shard
+from co2s_fast.engine.outputs import find_images, identity, parse_shard
 from co2s_fast.errors import DataError, UsageError
 
 
@@ -91,6 +97,86 @@ def test_other_settings_make_the_map_again(tmp_path):
         first = made()
         assert made() == first
         assert made(**changed) != first, changed
+
+
+def test_a_map_of_another_image_is_made_again(tmp_path, capsys):
+    fiona = pytest.importorskip("fiona")
+    for year in (2023, 2024):
+        (tmp_path / f"{year}").mkdir()
+        write_tif(tmp_path / f"{year}/s.tif", scene(seed=year), crs="EPSG:32640",
+                  transform=from_origin(year, 9, 1, 1))  # fmt: skip
+
+    def made(folder):
+        (path,) = run([tmp_path / folder / "s.tif"], tmp_path / "out", signature="run 1",
+                      polygons=True)  # fmt: skip
+        with rasterio.open(path) as found, fiona.open(path.with_suffix(".gpkg")) as layer:
+            labels = expected(rasterio.open(tmp_path / folder / "s.tif").read().transpose(1, 2, 0))
+            np.testing.assert_array_equal(found.read(1), labels[0])
+            assert layer.bounds == found.bounds
+        return path.stat().st_mtime_ns
+
+    first = made("2023")
+    second = made("2024")
+    assert first != second and "maps:" not in capsys.readouterr().err
+    # the same image seen elsewhere, its time another one
+    shutil.copytree(tmp_path / "2024", tmp_path / "moved", copy_function=shutil.copyfile)
+    os.utime(tmp_path / "moved/s.tif", (0, 0))
+    assert made("moved") == second
+    assert "maps: 1 of 1 were there already and are kept (--overwrite" in capsys.readouterr().err
+    # edited in place, of the same size and time
+    with rasterio.open(tmp_path / "moved/s.tif", "r+") as target:
+        target.write(scene(seed=5).transpose(2, 0, 1))
+    os.utime(tmp_path / "moved/s.tif", (0, 0))
+    assert made("moved") != second
+
+
+def test_what_tells_images_apart(tmp_path):
+    large = tmp_path / "large.png"
+    content = bytearray(np.random.default_rng(0).bytes(5 << 20))
+    large.write_bytes(content)
+    first = identity(large)
+    for at in (0, len(content) // 7 * 3, len(content) - 1):
+        content[at] ^= 1
+        large.write_bytes(content)
+        assert identity(large) != first
+        content[at] ^= 1
+    large.write_bytes(content + b"1")
+    assert identity(large) != first
+    for name in ("a", "b"):
+        write_tif(tmp_path / f"{name}.tif", scene(), transform=from_origin(3, 9, 1, 1))
+    for name, part in (("inner", "a.tif"), ("outer", "inner.vrt")):
+        bands = "".join(
+            f'<VRTRasterBand dataType="Byte" band="{band}"><SimpleSource><SourceFilename '
+            f'relativeToVRT="1">{part}</SourceFilename><SourceBand>{band}</SourceBand>'
+            "</SimpleSource></VRTRasterBand>" for band in (1, 2, 3))  # fmt: skip
+        (tmp_path / f"{name}.vrt").write_text(
+            f'<VRTDataset rasterXSize="53" rasterYSize="41">{bands}</VRTDataset>')
+    before = {name: identity(tmp_path / name) for name in ("a.tif", "b.tif", "outer.vrt")}
+    assert before["a.tif"] == before["b.tif"] != before["outer.vrt"]
+    (tmp_path / "a.tif.aux.xml").write_text("<PAMDataset><Metadata/></PAMDataset>")
+    (tmp_path / "a.tif.ovr").write_bytes(b"")
+    assert {name: identity(tmp_path / name) for name in before} == before
+    write_tif(tmp_path / "a.tif", scene(seed=1), transform=from_origin(3, 9, 1, 1))
+    assert identity(tmp_path / "outer.vrt") != before["outer.vrt"]
+    write_tif(tmp_path / "b.tif", scene())
+    plain = identity(tmp_path / "b.tif")
+    (tmp_path / "b.tfw").write_text("1\n0\n0\n-1\n3.5\n8.5\n")
+    assert identity(tmp_path / "b.tif") != plain
+
+
+def test_maps_in_the_folder_of_the_images_are_no_images(tmp_path):
+    Image.fromarray(scene()).save(tmp_path / "a.jpg")
+    write_tif(tmp_path / "s.tiff", scene(), crs="EPSG:32640", transform=from_origin(0, 9, 1, 1))
+    options = {"signature": "run 1", "confidence": True, "overlay": True}
+    made = run([tmp_path], tmp_path, **options)
+    times = [path.stat().st_mtime_ns for path in made]
+    assert run([tmp_path], tmp_path, **options) == made
+    assert [path.stat().st_mtime_ns for path in made] == times
+    assert find_images([tmp_path / "a.png"]) == [tmp_path / "a.png"]  # one that is named is meant
+    for path in (tmp_path / "a.jpg", tmp_path / "s.tiff"):
+        path.unlink()
+    with pytest.raises(DataError, match="found nothing but what `predict` has made in the folder"):
+        find_images([tmp_path])
 
 
 def test_shards_share_the_images(tmp_path):
@@ -235,3 +321,50 @@ def test_polygons_lie_where_control_points_say(tmp_path):
     write_tif(tmp_path / "nowhere.tif", scene())
     with pytest.raises(UsageError, match=r"nowhere\.tif has neither a geotransform nor ground"):
         run([tmp_path / "nowhere.tif"], tmp_path / "out", polygons=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, no_room):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    write_tif(tmp_path / "s.tif", noise, crs="EPSG:32640", transform=from_origin(0, 200, 1, 1))
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    for kinds in ({}, {"confidence": True}):
+        with no_room(4000), pytest.raises(DataError, match=r"/out/s(\.confidence)?\.tif: cannot be "
+                                          r"written: .*\(is the disk full\?\)$"):
+            run([tmp_path / "s.tif"], out, **kinds)
+        with no_room(4000), pytest.raises(OSError) as found:
+            run([tmp_path / "a.png"], out, **kinds)
+        assert found.value.filename == str(out / ("a.confidence.png" if kinds else "a.png"))
+    assert list(out.iterdir()) == []
+
+
+def test_polygons_on_a_full_disk(tmp_path, no_room):
+    pytest.importorskip("fiona")
+    write_tif(tmp_path / "s.tif", scene(), crs="EPSG:32640", transform=from_origin(0, 60, 1, 1))
+    (path,) = run([tmp_path / "s.tif"], tmp_path / "out")
+    said = r"/out/s\.gpkg: cannot be written: .*\(is the disk full\?\)$"
+    for size in (50_000, 100_000):
+        with no_room(size), pytest.raises(DataError, match=said):
+            polygons.write_polygons(path, NAMES)
+    assert [each.name for each in path.parent.iterdir()] == ["s.tif"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes cannot be asked for")
+def test_what_killed_processes_left_goes_when_the_map_is_made(tmp_path):
+    write_tif(tmp_path / "s.tif", scene(), crs="EPSG:32640", transform=from_origin(0, 9, 1, 1))
+    target = tmp_path / "out/s.tif"
+    target.parent.mkdir()
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    here = temporary_for(target, "x").name.split(".")[-3]
+
+    def left(name: str, process: int, machine: str = here):
+        path = target.with_name(f".{name}.{machine}.{process}.parts")
+        path.touch()
+        return path
+
+    gone = [left("s.tif", ended.pid), left("s.confidence.tif", ended.pid)]
+    kept = [left("s.tif", os.getppid()), left("s.tif", ended.pid, "00000000"),
+            left("t.tif", ended.pid), left("s.tif.b", ended.pid)]
+    run([tmp_path / "s.tif"], target.parent, confidence=True)
+    assert not any(path.exists() for path in gone) and all(path.exists() for path in kept)

@@ -11,7 +11,9 @@ import torch
 from brightest import SPEC, STUDENTS, Brightest, expected, run, scene, write_tif
 from PIL import Image
 from rasterio.control import GroundControlPoint
-from rasterio.transform import from_origin
+from rasterio.crs import CRS
+from rasterio.rpc import RPC
+from rasterio.transform import RPCTransformer, from_origin
 from torch import nn
 from torch.nn import functional as F
 
@@ -105,6 +107,42 @@ def test_geotiff_keeps_ground_control_points(tmp_path):
         kept, crs = found.gcps
     assert [(p.row, p.col, p.x, p.y) for p in kept] == corners
     assert crs.to_epsg() == 4326
+
+
+@pytest.mark.parametrize("scale", [1, 0.5])
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+def test_geotiff_keeps_rational_polynomials(tmp_path, scale):
+    plain = [1.0, *[0.0] * 19]
+    across, down = [0.0, 1.0, *plain[2:]], [0.0, 0.0, 1.0, *plain[3:]]
+    model = RPC(height_off=10, height_scale=500, lat_off=25, lat_scale=0.1, long_off=55,
+                long_scale=0.1, line_off=19.5, line_scale=20, samp_off=30, samp_scale=31,
+                line_den_coeff=plain, samp_den_coeff=plain, line_num_coeff=down,
+                samp_num_coeff=across)  # fmt: skip
+    write_tif(tmp_path / "s.tif", scene(40, 60), rpcs=model)
+    (path,) = run([tmp_path / "s.tif"], tmp_path / "out", scale=scale)
+    places = [(55, 25, 10), (55.05, 25.02, 30)]
+    with rasterio.open(path) as found, RPCTransformer(found.rpcs) as after, \
+            RPCTransformer(model) as before:
+        for x, y, z in places:
+            old = before.rowcol(x, y, z, op=float)
+            new = after.rowcol(x, y, z, op=float)
+            np.testing.assert_allclose(new, np.multiply(old, scale), atol=1e-6)
+
+
+def test_a_system_that_geotiff_cannot_hold_goes_beside_the_map(tmp_path):
+    pole = CRS.from_proj4("+proj=ob_tran +o_proj=longlat +o_lon_p=-162 +o_lat_p=39.25 +lon_0=180 "
+                          "+to_meter=0.0174532925199433")
+    write_tif(tmp_path / "s.tif", scene(), crs=pole, transform=from_origin(5, 5, 0.01, 0.01))
+    (path,) = run([tmp_path / "s.tif"], tmp_path / "out")
+    with rasterio.open(path) as found:
+        assert found.crs == pole
+    assert sorted(p.name for p in path.parent.iterdir()) == ["s.tif", "s.tif.aux.xml"]
+    # Another map of that name does not inherit it.
+    write_tif(tmp_path / "s.tif", scene(), crs="EPSG:32640", transform=from_origin(0, 9, 1, 1))
+    run([tmp_path / "s.tif"], tmp_path / "out")
+    with rasterio.open(path) as found:
+        assert found.crs.to_epsg() == 32640
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")

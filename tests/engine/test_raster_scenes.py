@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import torch
 from PIL import Image
+from rasterio.enums import ColorInterp, Resampling
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from toy_rasters import raster_spec, write_tif
 
-from co2s_fast.data.rasters import CHOSEN
+from co2s_fast.data.rasters import CHOSEN, open_raster
 from co2s_fast.engine.outputs import find_images
 from co2s_fast.engine.prediction import Outputs, predict
 from co2s_fast.engine.scenes import open_scene
@@ -143,3 +145,98 @@ def test_transparent_pixels_of_a_picture_have_no_class(tmp_path):
                         progress=False)
     labels = np.asarray(Image.open(target))
     assert (labels[:5] == 255).all() and (labels[5:] < 2).all()
+
+
+COLOURS = [ColorInterp.red, ColorInterp.green, ColorInterp.blue]
+ALPHAS = {
+    "after four": [*COLOURS, ColorInterp.undefined, ColorInterp.alpha],
+    "before three": [ColorInterp.alpha, *COLOURS],
+    "beside a nodata value": [*COLOURS, ColorInterp.alpha],
+    "of floats": [*COLOURS, ColorInterp.alpha],
+}
+
+
+def linear(dtype, bands, **changes):
+    """A description whose stretch divides numbers by 250."""
+    each = {"low": 0, "high": 250, "mean": 0.5, "std": 0.2}
+    statistics = {name: [value] * len(bands) for name, value in each.items()}
+    return raster_spec(statistics={"dtype": dtype, **statistics}, bands=bands, **changes)
+
+
+@pytest.mark.parametrize("where", ALPHAS)
+def test_alpha_hides_pixels_wherever_it_is(tmp_path, where):
+    kinds = ALPHAS[where]
+    dtype = "float32" if where == "of floats" else "uint16"
+    known = np.ones((64, 64), bool)
+    known[8:24, 16:41] = False
+    pixels = np.full((len(kinds), 64, 64), 100, dtype)
+    pixels[:, ~known] = 0
+    alpha = kinds.index(ColorInterp.alpha)
+    pixels[alpha] = np.where(known, 200, 0)
+    nodata = {"nodata": 7} if "nodata" in where else {}
+    path = write_tif(tmp_path / "a.tif", pixels, **nodata)
+    with rasterio.open(path, "r+") as target:
+        target.colorinterp = kinds
+    bands = [band for band in range(1, len(kinds) + 1) if band != alpha + 1]
+    spec = linear(dtype, bands)
+    with open_raster(path, spec) as raster:
+        np.testing.assert_array_equal(raster.read(0, 0, 64, 64)[1].any(0), known)
+    for scale in (1, 0.5, 2):
+        with open_scene(path, scale, spec) as scene:
+            window = Window(0, 0, scene.height, scene.width)
+            seen, valid = scene.read(window), scene.valid(window)
+        if scale == 1:
+            np.testing.assert_array_equal(valid, known)
+        assert 0.05 < 1 - valid.mean() < 0.15
+        np.testing.assert_allclose(seen[:, valid], 0.4)  # nothing of what is hidden
+        assert not seen[:, ~valid].any()
+
+
+@pytest.mark.parametrize("nodata", [None, 0])
+def test_infrared_that_is_called_alpha_hides_nothing(tmp_path, nodata):
+    """Water is dark in it: its colours are there, at any scale."""
+    pixels = np.full((4, 64, 64), 100, np.uint8)
+    pixels[3, :, :33] = 0
+    path = write_tif(tmp_path / "a.tif", pixels, photometric="RGB", alpha="YES")
+    spec = linear("uint8", [1, 2, 3, 4], raster={"nodata": nodata})
+    with open_raster(path, spec) as raster:
+        assert raster.source.colorinterp[3] == ColorInterp.alpha
+        assert raster.read(0, 0, 64, 64)[1] is None
+    for scale in (1, 0.5, 2):
+        with open_scene(path, scale, spec) as scene:
+            window = Window(0, 0, scene.height, scene.width)
+            seen = scene.read(window)
+            assert scene.valid(window) is None
+        np.testing.assert_allclose(seen[:3], 0.4)
+        assert not seen[3, :, : int(32 * scale)].any() and seen[3, :, -1].all()
+
+
+@pytest.mark.parametrize("suffix", ["tif", "vrt"])
+def test_overviews_change_nothing(tmp_path, suffix):
+    values = np.random.default_rng(0).uniform(-1, 1, (5, 300, 300)).astype(np.float32)
+    path = write_tif(tmp_path / "a.tif", values, mask=values[0] > 0)
+    if suffix == "vrt":
+        rasterio.shutil.copy(path, tmp_path / "a.vrt", driver="VRT")
+
+    def halved():
+        with open_scene(tmp_path / f"a.{suffix}", 0.5, SPEC) as scene:
+            window = Window(0, 0, 150, 150)
+            return scene.read(window), scene.valid(window)
+
+    before = halved()
+    with rasterio.open(path, "r+") as target:
+        target.build_overviews([2, 4], Resampling.nearest)
+    for one, other in zip(before, halved(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_bands_that_are_named_in_another_order_are_told(tmp_path, capsys):
+    spec = SPEC.model_copy(update={"band_names": ["nir", "green", "blue"]})  # of 5, 2 and 1
+    names = ("Blue", "green", "red", "edge", "NIR")
+    for name, order in (("a", names), ("b", names[::-1])):
+        path = write_tif(tmp_path / f"{name}.tif", numbers())
+        with rasterio.open(path, "r+") as target:
+            target.descriptions = order
+        predict({"clip": Larger()}, [path], tmp_path / "out", spec, progress=False)
+        said = capsys.readouterr().err
+        assert ("'nir' is band 5 of band_names and band 1 of" in said) == (name == "b")

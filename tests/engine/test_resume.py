@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from test_trainer import assert_same_weights, start
 
-from co2s_fast.engine.config import RunConfig
-from co2s_fast.errors import DataError
+from co2s_fast.engine.config import RunConfig, read_run_config
+from co2s_fast.engine.launch import options_of_each, train_from_options
+from co2s_fast.errors import DataError, UsageError
 
 
 def edit(path: Path, change) -> None:
@@ -90,6 +92,59 @@ def test_moved_data_with_labels_that_broke_is_gone_on_with(own_data, stop_after,
     content["data"]["root"] = str(moved)
     folder = start(content, resume=True)
     assert_same_weights(folder, whole)
+
+
+def resume(run: Path, overrides=(), **options) -> Path | None:
+    """What `train --out RUN --resume` does before it scores the run."""
+    options = {"recipe": None, "dry_run": False, **options}
+    return train_from_options(resume=True, resume_if_exists=False, overrides=overrides, out=run,
+                              **options)
+
+
+@pytest.mark.parametrize("lists", ["labels", "split"])
+def test_a_run_goes_on_where_its_prepared_folder_is_now(
+    own_data, stop_after, tmp_path, monkeypatch, lists
+) -> None:
+    content, root = own_data
+    (root / "stripes.yaml").rename(root / "dataset.yaml")
+    content["data"] |= {"dataset": str(root / "dataset.yaml"), "root": None}
+    if lists == "labels":
+        content["data"] |= {"split": None, "labels": 4}
+    content["train"] |= {"steps": 2, "probe_images": 0}
+    config = RunConfig.model_validate(content)
+    stop_after(1, config)
+    run, moved = config.folder, root.rename(tmp_path / "moved")
+    shutil.copytree(moved, tmp_path / "elsewhere/data/stripes")  # of the same name: not it
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=rf"^{root}/images: missing; .* give --data-root"):
+        resume(run)
+    own = {"split": moved / "split"} if lists == "split" else {}
+    assert resume(run, data_root=moved, **own) == run
+    now = read_run_config(run)
+    assert (now.train, now.students, now.data.root) == (config.train, config.students, moved)
+    # The same dataset by other paths, of a run that is trained to its end by now.
+    monkeypatch.chdir(tmp_path)
+    for path in ("moved/dataset.yaml", str(moved / "dataset.yaml")):
+        assert resume(run, dataset=path, data_root=moved, **own) == run
+        assert read_run_config(run).data.dataset == path
+    with pytest.raises(UsageError, match=r"cannot continue .*: train\.lr: 0\.001 in the run, now"):
+        resume(run, ["train.lr=0.5"], dry_run=True)
+    other = yaml.safe_load((moved / "dataset.yaml").read_text()) | {"crop": 64}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(UsageError, match=r"data\.dataset: .*moved/dataset\.yaml' in the run, now"):
+        resume(run, dataset=str(tmp_path / "other.yaml"), dry_run=True)
+
+
+def test_seeds_that_begin_later_have_the_settings_of_the_first(tmp_path) -> None:
+    first = tmp_path / "seed-0/config.yaml"
+    first.parent.mkdir()
+    first.write_text("seed: 0\n")
+    options = {"resume": True, "resume_if_exists": False, "recipe": None, "out": tmp_path}
+    found = options_of_each("0,3", options)
+    assert [each["recipe"] for each in found] == [None, str(first)]  # None: its own
+    assert all(each["resume_if_exists"] for each in found)
+    given = options_of_each("0,3", options | {"recipe": "tiny"})
+    assert [each["recipe"] for each in given] == ["tiny", "tiny"]
 
 
 DAMAGE = {
@@ -177,3 +232,24 @@ def test_a_best_checkpoint_that_is_lost_is_written_again(
     start(run_content(), resume=True)  # finished: no evaluation comes
     said = f"{best} has lost the checkpoint of step 6; give --checkpoint last"
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["folder", "state"])
+def test_a_run_whose_last_checkpoint_is_lost_is_not_begun_anew(
+    run_content, stop_after, lost, capsys
+) -> None:
+    config = RunConfig.model_validate(run_content())
+    last = config.folder / "checkpoints/last"
+    start(run_content())
+    kept = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()
+            and last not in path.parents}
+    shutil.rmtree(last) if lost == "folder" else (last / "state.json").unlink()
+    with pytest.raises(UsageError, match=r"trained to step 6, but .*last has no state\.json"):
+        start(run_content(), resume=True)
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+    shutil.rmtree(config.folder)
+    stop_after(1, config)  # before any evaluation: nothing is lost
+    shutil.rmtree(last)
+    start(run_content(), resume=True)
+    assert "no checkpoint to go on from yet, beginning at step 0" in capsys.readouterr().err

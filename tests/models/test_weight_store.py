@@ -171,6 +171,9 @@ def test_recipes_keep_what_is_not_of_the_model(monkeypatch):
     kept = put_students(recipe, students_for(("remoteclip",), ()))["students"]
     assert kept["ssm"] == recipe["students"]["ssm"]
     assert (kept["clip"]["model"], kept["clip"]["trainable"]) == ("ViT-L-14", "full")
+    recipe["students"]["ssm2"] = {"feature_dropout": 0.3}  # as of a run with two: not the first's
+    again = put_students(recipe, students_for((), ("mae", "ibot")))["students"]
+    assert [each["feature_dropout"] for each in again.values()] == [0.1, 0.3]
 
 
 def test_import_by_name_then_offline(monkeypatch, mae_file, vit, places, offline, classes,

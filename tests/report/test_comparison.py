@@ -217,6 +217,11 @@ def test_spread_of_few_values():
     assert deviation == pytest.approx(0.02**0.5)
 
 
+def test_a_page_that_would_be_a_folder_is_refused(runs, tmp_path):
+    with pytest.raises(UsageError, match="is a folder, expected the name of an HTML file"):
+        write_comparison(runs[:1], tmp_path)
+
+
 def test_nothing_to_compare_is_refused(tmp_path):
     with pytest.raises(UsageError, match="at least one run"):
         write_comparison([], tmp_path / "c.html")

@@ -99,14 +99,15 @@ def put_students(
 ) -> dict[str, Any]:
     """A recipe's content with other backbones: what else it says of a student stays.
 
-    A second student of a kind takes over what the recipe says of the first.
+    A second student of a kind takes over what the recipe says of the first, unless it has one.
     """
     students = dict(content.get("students", {}))
     for name, found in chosen.items():
         if found is None:
             students.pop(name, None)
             continue
-        before = content.get("students", {}).get(name.rstrip("2")) or {}
+        there = content.get("students", {})
+        before = there.get(name) or there.get(name.rstrip("2")) or {}
         kept = {key: value for key, value in before.items() if key not in OF_THE_MODEL}
         students[name] = {**kept, **found}
     return {**content, "students": students}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from co2s_fast.data.files import replacing
+from co2s_fast.data.writing import replacing
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.inflate import NORMALIZATION
 from co2s_fast.models.weights import files, store

@@ -12,6 +12,7 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -46,11 +47,17 @@ def save_tensors(path: Path, tensors: State, metadata: dict[str, str] | None = N
     Not atomic: give the temporary name that is renamed later.
 
     Raises:
-        OSError, SafetensorError: the file cannot be written.
+        OSError: the file cannot be written.
     """
     path.touch()
     mode = path.stat().st_mode  # safetensors writes for the owner alone
-    save_file(tensors, path, metadata=metadata)
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     path.chmod(mode)
 
 
@@ -128,7 +135,7 @@ def torchscript_hint(path: Path) -> str:
 
 def metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file; empty for other files and for damaged ones."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not str(path).endswith(".safetensors") or not Path(path).is_file():
         return {}

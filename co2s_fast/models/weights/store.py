@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from co2s_fast.data.files import replacing, write_text
+from co2s_fast.data.writing import replacing, write_text
 from co2s_fast.errors import DataError, UsageError
 from co2s_fast.models.weights.files import (
     file_sha256,
