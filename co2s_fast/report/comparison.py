@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,15 +245,30 @@ def _notes(runs: Sequence[Run], groups: list[Group]) -> list[str]:
     unscored = [run.name for run in runs if not scores(run, "last")]
     if unscored:
         said.append(f"Not evaluated yet: {', '.join(unscored)}.")
-    unfinished = [run.name for run in runs if (run.step or 0) < (run.start.get("steps") or 0)]
+    unfinished = [run.name for run in runs if _last_step(run) < (run.start.get("steps") or 0)]
     if unfinished:
         said.append(f"Not finished: {', '.join(unfinished)}.")
+    for group in groups:
+        often = Counter(map(_seeds, group.runs))
+        again = [run.name for run in group.runs if often[_seeds(run)] > 1]
+        if again:
+            said.append(f"One seed more than once: {', '.join(again)}. Their spread is not one of "
+                        "seeds.")
     once = [group.label for group in groups if len(group.runs) == 1]
     if once and len(once) == len(groups) > 1:
         said.append("Each setting was run with one seed: differences may be chance.")
     elif once and len(groups) > 1:
         said.append(f"Run with one seed alone: {'; '.join(once)}. Differences may be chance.")
     return said
+
+
+def _last_step(run: Run) -> int:
+    """The last one that was evaluated, or trained where none was."""
+    return (run.evals[-1]["step"] if run.evals else run.step) or 0
+
+
+def _seeds(run: Run) -> tuple[Any, ...]:
+    return run.seed, run.setting("data.split_seed")
 
 
 def _short(value: Any) -> str:

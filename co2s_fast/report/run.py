@@ -56,8 +56,9 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        named = self.start.get("dataset") or self.setting("data.dataset")
-        return str(named or (self.evaluation or {}).get("dataset") or "unknown data")
+        named = (self.start.get("dataset") or (self.evaluation or {}).get("dataset")
+                 or _yaml(self.folder / "dataset.yaml").get("name"))
+        return str(named or self.setting("data.dataset") or "unknown data")
 
     @property
     def seed(self) -> int | None:

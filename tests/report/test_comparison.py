@@ -202,6 +202,28 @@ def test_unfinished_unscored_and_other_datasets_are_said(runs, tmp_path):
         assert "Not finished: part" in text
 
 
+def test_a_run_without_a_log_is_on_its_own_dataset(runs):
+    (runs[1] / "metrics.jsonl").write_text("")
+    (runs[1] / "dataset.yaml").write_text("name: demo\n")
+    change(runs[1], "data", dataset="elsewhere/dataset.yaml")
+    said = comparison_table(runs[:2])
+    assert "Not evaluated yet: co2s-1" in said and "different datasets" not in said
+
+
+def test_a_run_whose_last_evaluation_was_cut_off_is_not_finished(runs):
+    log = runs[0] / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    last = max(r["step"] for r in records if r["kind"] == "eval")
+    kept = [r for r in records if r["kind"] != "eval" or r["step"] < last]
+    log.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    assert "Not finished: co2s-0." in comparison_table(runs[:2])
+
+
+def test_one_seed_twice_is_said(runs, tmp_path):
+    again = make_run(tmp_path / "again", seed=1, evaluated=False)
+    assert "One seed more than once: co2s-1, again." in comparison_table([*runs, again])
+
+
 def test_the_terminal_says_what_the_page_says(runs):
     *table, note = comparison_table(runs[1:4]).splitlines()
     assert len(table) == 3
