@@ -22,6 +22,9 @@ from pydantic import (
 from co2s_fast.data.imagery import BandNumber, BandStatistics, RasterSpec
 from co2s_fast.errors import UsageError
 
+DESCRIPTION = "dataset.yaml"
+"""Marks a prepared folder: its labels hold class ids, whatever the raw masks held."""
+
 IGNORE = 255
 """Label of a pixel that has no class, in every label the package writes or yields."""
 
@@ -332,9 +335,11 @@ def load_dataset(name_or_path: str | Path) -> DatasetSpec:
     if path.suffix.lower() not in (".yaml", ".yml"):
         path = CATALOGUE / f"{name_or_path}.yaml"
         if str(name_or_path) not in dataset_names():
+            inside = Path(name_or_path) / DESCRIPTION
+            hint = f"; this folder has one, {inside}" * inside.is_file()
             raise UsageError(
                 f"unknown dataset {str(name_or_path)!r}: expected one of "
-                f"{', '.join(dataset_names())}, or the path of a .yaml description"
+                f"{', '.join(dataset_names())}, or the path of a .yaml description{hint}"
             )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

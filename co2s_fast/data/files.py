@@ -11,15 +11,19 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from co2s_fast.data.catalogue import IGNORE, UNKNOWN, DatasetSpec, MaskSpec, class_values
+from co2s_fast.data.catalogue import (
+    DESCRIPTION,
+    IGNORE,
+    UNKNOWN,
+    DatasetSpec,
+    MaskSpec,
+    class_values,
+)
 from co2s_fast.data.imagery import BandStatistics
 from co2s_fast.data.orientation import as_stored, orientation
 from co2s_fast.data.png import encode_png, png_bits
 from co2s_fast.data.writing import replacing, write_text
 from co2s_fast.errors import DataError
-
-DESCRIPTION = "dataset.yaml"
-"""Marks a prepared folder: its labels hold class ids, whatever the raw masks held."""
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from co2s_fast.data.catalogue import DatasetSpec, explain, load_dataset
+from co2s_fast.data.catalogue import DESCRIPTION, DatasetSpec, explain, load_dataset
 from co2s_fast.data.config import DataConfig, parse_ratio
-from co2s_fast.data.files import DESCRIPTION, Item, load_label
+from co2s_fast.data.files import Item, load_label
 from co2s_fast.data.hold_out import apart_from, hold_out
 from co2s_fast.data.splits import (
     SPLITS,

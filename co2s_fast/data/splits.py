@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from co2s_fast.data.catalogue import DatasetSpec, dataset_names, load_dataset
+from co2s_fast.data.catalogue import DESCRIPTION, DatasetSpec, dataset_names, load_dataset
 from co2s_fast.data.config import DataConfig, parse_ratio
-from co2s_fast.data.files import DESCRIPTION, Item
+from co2s_fast.data.files import Item
 from co2s_fast.data.tiles import is_uniform
 from co2s_fast.errors import DataError, UsageError
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from co2s_fast.data.catalogue import MaskSpec, load_dataset
-from co2s_fast.data.files import DESCRIPTION, Item
+from co2s_fast.data.catalogue import DESCRIPTION, MaskSpec, load_dataset
+from co2s_fast.data.files import Item
 from co2s_fast.errors import DataError
 
 TILES = "tiles.csv"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 
 from co2s_fast.data import DataConfig, dataset_names
-from co2s_fast.data.files import DESCRIPTION
+from co2s_fast.data.catalogue import DESCRIPTION
 from co2s_fast.data.imbalance import read_class_weight
 from co2s_fast.engine.averages import average_stem
 from co2s_fast.engine.compat import compat_settings, nested

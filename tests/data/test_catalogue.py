@@ -85,3 +85,11 @@ def test_unknown_name_and_missing_file(tmp_path):
         load_dataset("postdam")
     with pytest.raises(UsageError, match=r"nothing\.yaml: No such file"):
         load_dataset(tmp_path / "nothing.yaml")
+
+
+def test_a_folder_is_no_dataset_but_may_hold_its_description(tmp_path):
+    with pytest.raises(UsageError, match=r"expected one of demo, .*a \.yaml description$"):
+        load_dataset(tmp_path)
+    (tmp_path / "dataset.yaml").write_text("name: x")
+    with pytest.raises(UsageError, match=rf"this folder has one, {tmp_path}/dataset\.yaml$"):
+        load_dataset(tmp_path)

@@ -110,7 +110,7 @@ def _first_line(error: Exception) -> str:
                           str(error))
         what = f"an object of {found[1]}" if found else "something other than tensors"
         return f"it holds {what}, which would have to be run, or it is damaged"
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def is_torchscript(path: Path) -> bool:
