@@ -109,7 +109,7 @@ def state_to_resume(config: RunConfig, spec: DatasetSpec, *, resume: bool,
                              "or another --out")
         return None
     if not can_resume(config.folder):
-        if there and not dry_run:
+        if there:
             _check_that_none_is_lost(config.folder)
             say(f"{config.folder}: no checkpoint to go on from yet, beginning at step 0")
         return None

@@ -246,6 +246,8 @@ def test_a_run_whose_last_checkpoint_is_lost_is_not_begun_anew(
     shutil.rmtree(last) if lost == "folder" else (last / "state.json").unlink()
     with pytest.raises(UsageError, match=r"trained to step 6, but .*last has no state\.json"):
         start(run_content(), resume=True)
+    with pytest.raises(UsageError, match="put it back, or begin anew"):
+        start(run_content(), resume=True, dry_run=True)
     assert all(path.read_bytes() == content for path, content in kept.items())
 
     shutil.rmtree(config.folder)
